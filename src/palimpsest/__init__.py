@@ -1,0 +1,1 @@
+"""Palimpsest: what did a fine-tune change in a language model."""

@@ -1,0 +1,183 @@
+"""Option groups that several stages share, and the small conversions behind flags and config files.
+
+Every field's docstring is its help text on the command line; this module never imports torch.
+"""
+
+import dataclasses
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from palimpsest.errors import ConfigError
+
+RUN_ONLY = ("out", "resume", "overwrite")
+"""Fields that say where and how a stage runs, not what it computes: they never enter a config hash."""
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How models are loaded."""
+
+    dtype: Dtype = "auto"
+    """Weights and activations: the checkpoint's own type with `auto`, else float32, bfloat16 or float16."""
+
+    device: str | None = None
+    """Where a model runs, e.g. `cuda:0`; the default is a GPU when there is one."""
+
+    device_map: str | None = None
+    """Spread each model over several devices (`auto`, `balanced`, …), as transformers does."""
+
+    revision: str | None = None
+    """Revision of the base model (hub models)."""
+
+    tuned_revision: str | None = None
+    """Revision of the tuned model; with the same model id on both sides this compares two revisions."""
+
+    load_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further `from_pretrained` arguments for both models, e.g. `quantization_config` or `attn_implementation`."""
+
+    trust_remote_code: bool = False
+    """Run Python code that a checkpoint ships. Off, because it executes whatever the author wrote."""
+
+    one_at_a_time: bool = False
+    """Hold one model in memory at a time: the base's readings are spooled to disk, then the tuned model runs."""
+
+    tokens_per_batch: int = 4096
+    """Padded tokens in one forward pass."""
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """Which text is read and which of its tokens are measured."""
+
+    max_length: int = 512
+    """Tokens of a document that are read; the rest is cut off."""
+
+    max_documents: int | None = None
+    """Documents read from each corpus; all of them by default."""
+
+    text_field: str = "text"
+    """Field of a row that holds plain text."""
+
+    messages_field: str = "messages"
+    """Field of a row that holds a conversation; rendered with the model's chat template."""
+
+    answer_chars: int | None = None
+    """Keep only the first N characters of each assistant message (the original method used 100)."""
+
+    roles: tuple[str, ...] | None = None
+    """Measure only tokens of these roles (`user`, `assistant`, `system`, `tool`, `text`)."""
+
+    skip_bad_rows: bool = False
+    """Count rows that cannot be read instead of stopping at the first."""
+
+    prepend_bos: bool | None = None
+    """Begin each document with the tokenizer's BOS; by default when the tokenizer has one."""
+
+    split: str = "train"
+    """Split of a Hugging Face data set."""
+
+    all_positions: bool = False
+    """Measure BOS, special and chat-template tokens too."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a stage writes and how it restarts."""
+
+    out: Path
+    """Folder that the results go to."""
+
+    resume: bool = False
+    """Continue an interrupted run of the same command in that folder."""
+
+    overwrite: bool = False
+    """Replace an earlier run in that folder."""
+
+    seed: int = 0
+    """Seed of every random choice."""
+
+
+def parse_count(text: str | int) -> int:
+    """A count with an optional suffix: `512`, `20k`, `2M`, `1.5B`.
+
+    Raises:
+        ConfigError: When it is no positive count.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:[._]\d+)*)\s*([kKmMbBgG]?)\s*", str(text))
+    scale = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
+    value = float(match[1].replace("_", "")) * scale[match[2].lower()] if match else 0.0
+    if value < 1 or value != int(value):
+        raise ConfigError(
+            f"'{text}' is no count", expected="a positive whole number, k, M and B allowed, as in 2M"
+        )
+    return int(value)
+
+
+def parse_assignment(text: str) -> tuple[str, str]:
+    """`NAME=FILE` as a pair; a bare file is named after its stem.
+
+    Raises:
+        ConfigError: When the name or the file is empty.
+    """
+    name, separator, source = text.partition("=")
+    if not separator:
+        name, source = Path(text).name.split(".")[0], text
+    if not name.strip() or not source.strip():
+        raise ConfigError(f"'{text}' names no corpus", expected="NAME=FILE, as in math=math.jsonl")
+    return name.strip(), source.strip()
+
+
+def load_config(path: str | Path) -> dict[str, Any]:
+    """Read a TOML, YAML or JSON file of options.
+
+    Raises:
+        ConfigError: When it is missing, cannot be parsed or holds no mapping.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            loaded = tomllib.loads(text)
+        elif path.suffix in {".yaml", ".yml"}:
+            import yaml
+
+            loaded = yaml.safe_load(text)
+        elif path.suffix == ".json":
+            loaded = json.loads(text)
+        else:
+            raise ConfigError(f"Cannot tell the format of {path}", expected="a .toml, .yaml or .json file")
+    except OSError as error:
+        raise ConfigError(f"Cannot read the config file {path}", found=error.strerror) from error
+    except ValueError as error:
+        raise ConfigError(f"Cannot parse the config file {path}", found=str(error)) from error
+    except Exception as error:
+        if type(error).__module__.split(".")[0] == "yaml":
+            raise ConfigError(f"Cannot parse the config file {path}", found=str(error)) from error
+        raise
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path} holds no options", expected="a mapping", found=type(loaded).__name__)
+    return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def config_dict(config: object, *, drop: tuple[str, ...] = RUN_ONLY) -> dict[str, Any]:
+    """A config dataclass as plain JSON values, without the fields that do not change the result."""
+
+    def plain(value: object) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {
+                f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in drop
+            }
+        if isinstance(value, Mapping):
+            return {str(k): plain(v) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(v) for v in value]
+        return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+    return plain(config)
