@@ -1,0 +1,132 @@
+"""A base model and its fine-tune, readable side by side."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from palimpsest.errors import PairError
+from palimpsest.models.capture import HEAD_INPUT, capture
+from palimpsest.models.sites import SiteMap
+
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, Side] = ("base", "tuned")
+
+
+class Reading(NamedTuple):
+    """What one forward pass left: activations per site, and the head's input when it was asked for."""
+
+    acts: dict[str, Float[Tensor, "batch seq d_model"]]
+    head_input: Float[Tensor, "batch seq d_model"] | None
+
+
+@dataclass
+class LanguageModel:
+    """One readable language model.
+
+    Attributes:
+        name: Where it came from.
+        model: The transformers model (for an adapter pair both sides hold the same one).
+        sites: Its resolved architecture.
+        active: Context in which the weights are this model's (switches an adapter).
+        adapter_prefix: Prefix of the adapter's parameters when the weights carry one.
+        adapter_on: Whether this side reads through the adapter.
+    """
+
+    name: str
+    model: nn.Module
+    sites: SiteMap
+    tokenizer: Any
+    active: Callable[[], AbstractContextManager[Any]] = nullcontext
+    adapter_prefix: str | None = None
+    adapter_on: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids must be."""
+        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return next(self.model.parameters()).dtype
+
+    @torch.inference_mode()
+    def read(
+        self, input_ids: Int[Tensor, "batch seq"], wanted: Sequence[str], *, head: bool = False
+    ) -> Reading:
+        """Run one forward pass over right-padded ids and read sites; the head itself never runs.
+
+        No attention mask is given: with right padding and causal attention no real token sees a padding one,
+        and attention kernels are fastest without a mask.
+        """
+        with self.active(), capture(self.sites, wanted, head=head) as found:
+            self.model(input_ids=input_ids.to(self.device), use_cache=False)
+        head_input = found.pop(HEAD_INPUT, None)
+        return Reading(found, head_input)
+
+
+class ModelPair:
+    """A base and a tuned model with one tokenizer; see `palimpsest.load_pair`.
+
+    Attributes:
+        kind: `full` (two sets of weights) or `adapter` (one set, switched).
+        one_at_a_time: Only one side is in memory; `side` loads it and drops the other.
+    """
+
+    def __init__(
+        self,
+        loaders: dict[Side, Callable[[], LanguageModel]],
+        tokenizer: Any,
+        *,
+        kind: Literal["full", "adapter"],
+        one_at_a_time: bool = False,
+    ) -> None:
+        self._loaders = loaders
+        self._loaded: dict[Side, LanguageModel] = {}
+        self.tokenizer = tokenizer
+        self.kind: Literal["full", "adapter"] = kind
+        self.one_at_a_time = one_at_a_time and kind == "full"
+
+    @property
+    def base(self) -> LanguageModel:
+        """The base model."""
+        return self.side("base")
+
+    @property
+    def tuned(self) -> LanguageModel:
+        """The fine-tune."""
+        return self.side("tuned")
+
+    def side(self, side: Side) -> LanguageModel:
+        """One of the two models, loaded if need be; one at a time, the other is dropped first."""
+        if side not in self._loaded:
+            if self.one_at_a_time:
+                self._loaded.clear()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+            self._loaded[side] = self._loaders[side]()
+        return self._loaded[side]
+
+    def loaded(self, side: Side) -> bool:
+        """Whether a side is in memory now."""
+        return side in self._loaded
+
+    @contextmanager
+    def both(self) -> Iterator[tuple[LanguageModel, LanguageModel]]:
+        """Both models in memory.
+
+        Raises:
+            PairError: When the pair was loaded one at a time.
+        """
+        if self.one_at_a_time:
+            raise PairError(
+                "Both models are needed at once",
+                found="a pair that holds one model at a time",
+                fix="Load the pair without one_at_a_time",
+            )
+        yield self.base, self.tuned

@@ -1,0 +1,100 @@
+"""What the weights alone say: a fingerprint per model and the size of the change per layer."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from palimpsest.models.pair import LanguageModel, ModelPair
+
+FINGERPRINT_VALUES = 1024
+"""Values of each tensor that enter a fingerprint, evenly spaced."""
+
+LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
+
+
+class LayerDelta(NamedTuple):
+    """Frobenius norms of a layer's weights and of their change; `layer` None is what belongs to no layer."""
+
+    layer: int | None
+    norm_base: float
+    norm_delta: float
+
+    @property
+    def relative(self) -> float:
+        """Change relative to the layer's weights."""
+        return self.norm_delta / self.norm_base if self.norm_base else float("nan")
+
+
+@torch.inference_mode()
+def fingerprint(model: LanguageModel) -> str:
+    """SHA-256 over names, shapes and a sample of every parameter, adapters included; independent of files."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.model.named_parameters()):
+        if not model.adapter_on and _is_adapter(name, model.adapter_prefix):
+            continue
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // FINGERPRINT_VALUES)
+        sample = flat[::step][:FINGERPRINT_VALUES].float().cpu().contiguous()
+        digest.update(f"{_plain(name)}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def weight_deltas(pair: ModelPair) -> list[LayerDelta]:
+    """Per layer, ‖W_base‖ and ‖W_tuned − W_base‖ (Frobenius over all its tensors).
+
+    Tensors of another shape in the tuned model (added vocabulary) are compared on the shared rows.
+    """
+    sums: dict[int | None, list[float]] = {}
+
+    def add(name: str, weight: Tensor, delta: Tensor) -> None:
+        found = LAYER.search(f".{name}")
+        row = sums.setdefault(int(found[1]) if found else None, [0.0, 0.0])
+        row[0] += float(weight.detach().double().square().sum())
+        row[1] += float(delta.detach().double().square().sum())
+
+    if pair.kind == "adapter":
+        _adapter_deltas(pair.tuned, add)
+    else:
+        with pair.both() as (base, tuned):
+            others = dict(tuned.model.named_parameters())
+            for name, weight in base.model.named_parameters():
+                other = others.get(name)
+                if other is None or other.dim() != weight.dim():
+                    continue
+                shared = tuple(slice(0, min(a, b)) for a, b in zip(weight.shape, other.shape, strict=True))
+                add(name, weight, other[shared].to(weight.device).float() - weight[shared].float())
+    rows = [LayerDelta(layer, a**0.5, b**0.5) for layer, (a, b) in sums.items()]
+    return sorted(rows, key=lambda row: (row.layer is None, row.layer or 0))
+
+
+def _adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], None]) -> None:
+    """Base weights of an adapted model, with the change of every module that can state its delta."""
+    parameters = dict(tuned.model.named_parameters())
+    modules = dict(tuned.model.named_modules())
+    for name, weight in parameters.items():
+        if _is_adapter(name, tuned.adapter_prefix):
+            continue
+        owner = modules.get(name.removesuffix(".weight").removesuffix(".base_layer"))
+        saved = parameters.get(name.replace(".original_module.", ".modules_to_save.default."))
+        if owner is not None and name.endswith(".weight") and hasattr(owner, "get_delta_weight"):
+            delta = torch.stack([owner.get_delta_weight(key) for key in owner.active_adapters]).sum(0)
+        elif ".original_module." in name and saved is not None:
+            delta = saved.float() - weight.float()
+        else:
+            delta = torch.zeros(1)
+        add(name, weight, delta)
+
+
+def _is_adapter(name: str, prefix: str | None) -> bool:
+    parts = name.split(".")
+    return prefix is not None and any(part.startswith(prefix) or part == "modules_to_save" for part in parts)
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer", "").replace(".original_module", "")
