@@ -1,0 +1,103 @@
+"""The options of an audit: Python API, command-line flags, config file and manifest entry at once."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from palimpsest.errors import ConfigError
+from palimpsest.options import CorpusOptions, ModelOptions, RunOptions, parse_assignment
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Which pair is audited with which dictionary on which text."""
+
+    base: str
+    """The base model: a folder or a hub id."""
+
+    tuned: str
+    """The fine-tune: a folder or hub id of a full checkpoint or of a PEFT adapter."""
+
+    dictionary: str
+    """Dictionary of the base model: a folder or hub id (native or SAELens format)."""
+
+    general: str
+    """Text of no particular domain, that every task is compared with."""
+
+    task: tuple[str, ...]
+    """Task corpora as NAME=FILE."""
+
+    run: RunOptions
+    """Where the results go."""
+
+    site: str | None = None
+    """Where activations are read, as in `resid_post.13`; the dictionary's own site by default."""
+
+    force_site: bool = False
+    """Read the dictionary at another site than it was trained on."""
+
+    k: int = 5
+    """Length of the primary top-k lists; fix it before you look."""
+
+    k_max: int = 32
+    """Overlap is measured for every k up to this one."""
+
+    loss: bool = True
+    """Measure each token's loss in both models; without it the forward passes stop at the site."""
+
+    kl: bool = False
+    """Also measure KL(tuned ‖ base) of every prediction."""
+
+    legacy: bool = False
+    """The original's figures: token counts pooled over all positions of all documents."""
+
+    controls: bool = False
+    """Run random directions, principal components and neurons of the site through the same measures."""
+
+    confidence: float = 0.95
+    """Coverage of the intervals."""
+
+    resamples: int = 2000
+    """Bootstrap and permutation resamples of documents."""
+
+    top_latents: int = 200
+    """Latents per corpus that are selected on one half of the documents and tested on the other."""
+
+    models: ModelOptions = field(default_factory=ModelOptions)
+    """How models are loaded."""
+
+    corpora: CorpusOptions = field(default_factory=CorpusOptions)
+    """How text is read."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if not 1 <= self.k <= self.k_max:
+            raise ConfigError(
+                "k does not fit k_max", expected=f"1 to {self.k_max} (k_max)", found=self.k, fix="Raise --k-max"
+            )
+        if not 0.5 <= self.confidence < 1:
+            raise ConfigError("confidence is no coverage", expected="0.5 up to below 1", found=self.confidence)
+        if self.resamples < 100:
+            raise ConfigError("Too few resamples for an interval", expected="at least 100", found=self.resamples)
+        if self.kl and not self.loss:
+            raise ConfigError("KL needs the whole forward pass", fix="Drop --kl or --no-loss")
+        names = [name for name, _ in self.tasks]
+        if len({*names, "general"}) != len(names) + 1:
+            raise ConfigError(
+                "Corpora need different names", expected="a name per task, none of them 'general'", found=", ".join(names)
+            )
+
+    @property
+    def tasks(self) -> list[tuple[str, str]]:
+        """Task corpora as (name, source)."""
+        return [parse_assignment(task) for task in self.task]
+
+    @property
+    def minimum_documents(self) -> int:
+        """Documents below which a percentile interval of this confidence says nothing."""
+        return math.ceil(0.5 / (1 - self.confidence) - 1e-9)
+
+    @property
+    def out(self) -> Path:
+        """Folder that the results go to."""
+        return Path(self.run.out)

@@ -1,0 +1,226 @@
+"""From sums to findings and tables: the content of an audit's folder."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from palimpsest.artifacts import RunFolder
+from palimpsest.audit.config import AuditConfig
+from palimpsest.audit.estimate import Comparison, CorpusEstimates, Settings, compare, curve_rows, exchange
+from palimpsest.audit.latent_table import latent_rows
+from palimpsest.audit.measure import Size
+from palimpsest.audit.sums import CorpusSums
+from palimpsest.audit.summary import summary, warnings
+from palimpsest.corpus import Corpus
+from palimpsest.dictionaries import Dictionary
+from palimpsest.findings import AuditFinding, ControlFinding, CorpusFinding, TaskFinding
+from palimpsest.models import LayerDelta, ModelPair
+
+MAIN = "dictionary"
+GENERAL = "general"
+
+
+class Evidence(NamedTuple):
+    """Everything the pass left, before any estimate."""
+
+    pair: ModelPair
+    dictionary: Dictionary
+    dictionary_entry: dict[str, Any]
+    site: str
+    corpora: dict[str, tuple[Corpus, Size]]
+    sums: dict[str, dict[str, CorpusSums]]
+    deltas: list[LayerDelta] | None
+    fingerprints: dict[str, str]
+
+
+def settings_of(config: AuditConfig) -> Settings:
+    """How the config wants intervals."""
+    return Settings(config.k, config.legacy, config.confidence, config.resamples, config.run.seed)
+
+
+def estimates_of(config: AuditConfig, evidence: Evidence, measure: str) -> dict[str, CorpusEstimates]:
+    """Estimates of every corpus through one measure; a corpus uses the same resamples in every measure."""
+    settings = settings_of(config)
+    return {
+        name: CorpusEstimates(found[measure], settings, stream)
+        for stream, (name, found) in enumerate(evidence.sums.items())
+    }
+
+
+def audit_finding(config: AuditConfig, evidence: Evidence, command: str) -> AuditFinding:
+    """Estimate everything and put it into words."""
+    estimates = estimates_of(config, evidence, MAIN)
+    corpora = [_corpus_finding(config, evidence, name, one) for name, one in estimates.items()]
+    tasks = [
+        _task_finding(config, corpus, estimates[corpus.name], estimates[GENERAL]) for corpus in corpora if corpus.role == "task"
+    ]
+    controls = [
+        _control_finding(name, estimates_of(config, evidence, name))
+        for name in evidence.sums[GENERAL]
+        if name != MAIN
+    ]
+    dictionary = evidence.dictionary
+    return AuditFinding(
+        summary=summary(config, evidence.pair.kind, corpora, tasks),
+        command=command,
+        pair=_pair(config, evidence),
+        site=evidence.site,
+        dictionary=evidence.dictionary_entry
+        | {"latents": dictionary.n_latents, "k": dictionary.k, "activation": dictionary.activation, "site": dictionary.site},
+        k=config.k,
+        ks=list(range(1, len(estimates[GENERAL].curve.mean) + 1)),
+        mode="legacy" if config.legacy else "macro",
+        tokens="all" if config.legacy or config.corpora.all_positions else "content",
+        loss_measured=config.loss,
+        kl_measured=config.kl,
+        confidence=config.confidence,
+        resamples=config.resamples,
+        seed=config.run.seed,
+        datasets=corpora,
+        tasks=tasks,
+        controls=controls,
+        layers=_layers(evidence),
+        layers_note=None
+        if evidence.deltas is not None
+        else "not measured: the two models were never in memory together (one_at_a_time)",
+        warnings=warnings(config, evidence.dictionary, corpora),
+    )
+
+
+def write_tables(run: RunFolder, config: AuditConfig, evidence: Evidence) -> None:
+    """Write `curve.parquet` and `latents.parquet`."""
+    estimates = estimates_of(config, evidence, MAIN)
+    rows: list[dict[str, Any]] = []
+    latents: list[pa.Table] = []
+    for name, one in estimates.items():
+        general = name == GENERAL
+        against = None if general else compare(one, estimates[GENERAL])
+        rows += curve_rows(name, "general" if general else "task", one, against)
+        share = _length_share(one)
+        table = latent_rows(
+            name, one.sums, share, evidence.pair.tokenizer, config.top_latents, config.confidence
+        )
+        latents.append(table)
+    run.write_table("curve.parquet", pa.Table.from_pylist(rows))
+    run.write_table("latents.parquet", pa.concat_tables(latents))
+
+
+def _corpus_finding(
+    config: AuditConfig, evidence: Evidence, name: str, one: CorpusEstimates
+) -> CorpusFinding:
+    corpus, size = evidence.corpora[name]
+    lo, hi = np.percentile(one.curve.samples, [50 * (1 - config.confidence), 50 * (1 + config.confidence)], axis=0)
+    r2, r2_ci = one.r2_delta()
+    value, value_ci = one.mean("value_change", "valued")
+    drift, drift_ci = one.mean("drift", "tokens")
+    optional: dict[str, Any] = {}
+    if config.loss:
+        delta, delta_ci = one.mean("loss_tuned", "predicted", minus="loss_base")
+        loss = {side: one.mean(f"loss_{side}", "predicted")[0] for side in ("base", "tuned")}
+        optional = {"loss": loss, "delta_loss": delta, "delta_loss_ci": delta_ci}
+    if config.kl:
+        optional["kl"], optional["kl_ci"] = one.mean("kl", "predicted")
+    tokens = one.total("tokens")
+    return CorpusFinding(
+        name=name,
+        role="general" if name == GENERAL else "task",
+        source=", ".join(map(str, corpus.sources)),
+        documents=len(one.sums.documents),
+        tokens=int(tokens),
+        skipped_tokens=int(tokens - one.total("listed")),
+        short_tokens=int(one.total("short")),
+        bad_rows=size.bad_rows,
+        intersection_mean={str(k + 1): float(v) for k, v in enumerate(one.curve.mean)},
+        ci={str(k + 1): (float(a), float(b)) for k, (a, b) in enumerate(zip(lo, hi, strict=True))},
+        list_length_share=_length_share(one),
+        value_change=value,
+        value_change_ci=value_ci,
+        fve={side: one.fve(side) for side in ("base", "tuned")},
+        l0={side: one.total(f"l0_{side}") / tokens for side in ("base", "tuned")},
+        r2_delta=r2,
+        r2_delta_ci=r2_ci,
+        blind=not r2_ci[1] > 0,
+        relative_drift=drift,
+        relative_drift_ci=drift_ci,
+        **optional,
+    )
+
+
+def _length_share(one: CorpusEstimates) -> float:
+    return one.mean("length_gap", "listed")[0]
+
+
+def _task_finding(
+    config: AuditConfig, corpus: CorpusFinding, one: CorpusEstimates, general: CorpusEstimates
+) -> TaskFinding:
+    figures = _figures(compare(one, general), config.k)
+    return TaskFinding(
+        name=corpus.name,
+        p_exchange=exchange(one, general),
+        relative_drift=corpus.relative_drift,
+        relative_drift_ci=corpus.relative_drift_ci,
+        delta_loss=corpus.delta_loss,
+        delta_loss_ci=corpus.delta_loss_ci,
+        kl=corpus.kl,
+        kl_ci=corpus.kl_ci,
+        **figures,
+    )
+
+
+def _figures(comparison: Comparison, k: int) -> dict[str, Any]:
+    i = k - 1
+
+    def interval(bounds: np.ndarray) -> tuple[float, float]:
+        return float(bounds[0, i]), float(bounds[1, i])
+
+    return {
+        "k": k,
+        "idr": float(comparison.idr[i]),
+        "ci": interval(comparison.idr_ci),
+        "idr_abs": float(comparison.idr_abs[i]),
+        "idr_abs_ci": interval(comparison.idr_abs_ci),
+        "churn_ratio": float(comparison.churn_ratio[i]),
+        "churn_ratio_ci": interval(comparison.churn_ratio_ci),
+        "minimum_detectable_idr": float(comparison.minimum_detectable[i]),
+    }
+
+
+def _control_finding(name: str, estimates: dict[str, CorpusEstimates]) -> ControlFinding:
+    general = estimates[GENERAL]
+    datasets = [
+        {
+            "name": corpus,
+            "intersection_mean": {str(k + 1): float(v) for k, v in enumerate(one.curve.mean)},
+            "fve": {side: one.fve(side) for side in ("base", "tuned")},
+            "r2_delta": one.r2_delta()[0],
+        }
+        for corpus, one in estimates.items()
+    ]
+    k = general.settings.k
+    tasks = [
+        {"name": corpus, **_figures(compare(one, general), k)}
+        for corpus, one in estimates.items()
+        if corpus != GENERAL
+    ]
+    return ControlFinding(name, datasets, tasks)
+
+
+def _layers(evidence: Evidence) -> list[dict[str, Any]] | None:
+    if evidence.deltas is None:
+        return None
+    return [delta._asdict() | {"relative": delta.relative} for delta in evidence.deltas]
+
+
+def _pair(config: AuditConfig, evidence: Evidence) -> dict[str, Any]:
+    model = evidence.pair.tuned
+    return {
+        "base": config.base,
+        "tuned": config.tuned,
+        "kind": evidence.pair.kind,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "d_model": model.sites.d_model,
+        "n_layers": model.sites.n_layers,
+        "fingerprint_base": evidence.fingerprints["base"],
+        "fingerprint_tuned": evidence.fingerprints["tuned"],
+    }

@@ -1,0 +1,84 @@
+"""The audit in words: one answer, and what a reader must know before believing it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from palimpsest.audit.config import AuditConfig
+from palimpsest.dictionaries import Dictionary
+from palimpsest.findings import CorpusFinding, TaskFinding
+
+FVE_LOSS = 0.1
+"""A dictionary that explains this much less variance of the tuned model reads it through a worse lens."""
+
+
+def summary(
+    config: AuditConfig, kind: str, corpora: Sequence[CorpusFinding], tasks: Sequence[TaskFinding]
+) -> str:
+    """What moved, in two or three plain sentences that claim no more than an uncalibrated audit can."""
+    general = corpora[0]
+    scale = config.k if config.legacy else 1
+    overlap = general.intersection_mean[str(config.k)] / scale
+    what = "adapter" if kind == "adapter" else "fine-tune"
+    text = [
+        f"On general text the {what} {Path(config.tuned).name} keeps {overlap:.1%} of the base's top-{config.k} latents."
+    ]
+    moved = [_moved(task) for task in tasks if not task.ci[0] <= 0 <= task.ci[1]]
+    if moved:
+        text.append(f"Compared with that, {_join(moved)}.")
+    elif tasks:
+        text.append("No task differs from it beyond sampling error.")
+    text.append(_losses(corpora) if config.loss else "Losses were not measured, so learning and damage look alike.")
+    text.append("These are raw figures: how far a harmless fine-tune of this size would move each text is not yet in them.")
+    return " ".join(text)
+
+
+def warnings(config: AuditConfig, dictionary: Dictionary, corpora: Sequence[CorpusFinding]) -> list[str]:
+    """Reasons to trust a figure less."""
+    found = []
+    for corpus in corpora:
+        if corpus.blind:
+            found.append(
+                f"This dictionary is blind here: on {corpus.name} it explains none of the change between the models "
+                f"(R²_Δ = {corpus.r2_delta:.2f})."
+            )
+        if corpus.fve["tuned"] < corpus.fve["base"] - FVE_LOSS:
+            found.append(
+                f"On {corpus.name} the dictionary explains {corpus.fve['tuned']:.0%} of the tuned model's activations "
+                f"but {corpus.fve['base']:.0%} of the base's: its overlaps there are partly reconstruction failure."
+            )
+        if corpus.short_tokens > 0.1 * corpus.tokens:
+            found.append(
+                f"On {corpus.name} {corpus.short_tokens / corpus.tokens:.0%} of the tokens have fewer than {config.k} "
+                "active latents; their overlap is taken over the latents there are."
+            )
+        if corpus.bad_rows:
+            found.append(f"{corpus.bad_rows} rows of {corpus.name} could not be read and were left out.")
+    if not config.loss:
+        found.append(
+            "Without losses the audit cannot tell a domain that was learned from one that was damaged."
+        )
+    trained_on = dictionary.metadata.get("model")
+    if trained_on and Path(str(trained_on)).name != Path(config.base).name:
+        found.append(f"The dictionary was trained on {trained_on}, not on {config.base}.")
+    return found
+
+
+def _moved(task: TaskFinding) -> str:
+    direction = "more" if task.idr > 0 else "less"
+    return f"{task.name} text moved {direction} (IDR {task.idr:+.1%}, {task.ci[0]:+.1%} to {task.ci[1]:+.1%})"
+
+
+def _losses(corpora: Sequence[CorpusFinding]) -> str:
+    groups: dict[str, list[str]] = {"fell": [], "rose": []}
+    for corpus in corpora:
+        if corpus.delta_loss is None or corpus.delta_loss_ci is None:
+            continue
+        lo, hi = corpus.delta_loss_ci
+        if hi < 0 or lo > 0:
+            groups["fell" if hi < 0 else "rose"].append(f"{corpus.name} ({corpus.delta_loss:+.3f})")
+    parts = [f"{word} on {_join(names)}" for word, names in groups.items() if names]
+    return f"Loss {' and '.join(parts)} nats per token." if parts else "No loss changed beyond sampling error."
+
+
+def _join(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
