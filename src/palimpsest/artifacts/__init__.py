@@ -1,0 +1,7 @@
+"""Artifact folders: what stages write, read and meet through. Imports no torch."""
+
+from palimpsest.artifacts.disk import file_sha256
+from palimpsest.artifacts.reading import SCHEMA, Artifact, input_entry, open_artifact
+from palimpsest.artifacts.writing import RunFolder
+
+__all__ = ["SCHEMA", "Artifact", "RunFolder", "file_sha256", "input_entry", "open_artifact"]
