@@ -1,0 +1,47 @@
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export NO_MKDOCS_2_WARNING := 1
+
+.PHONY: demo test test-all bench docs lint format clean setup
+
+demo: $(STAMP)
+	$(BIN)/palimpsest demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/audit_cost.py
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict --quiet
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(STAMP)
+
+# torch goes first and pinned: chosen by the resolver it would bring several gigabytes of CUDA libraries.
+# sae-lens only checks our reader and writer of its format; without it those tests skip.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[sae-lens]" \
+		|| echo "sae-lens could not be installed: the tests that compare with it will be skipped"
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
