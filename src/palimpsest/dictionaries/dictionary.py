@@ -1,0 +1,336 @@
+"""One class for every sparse dictionary: SAE, diff-SAE and crosscoder differ in dimensions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from palimpsest.dictionaries.activations import ACTIVATIONS, THRESHOLDED, select
+from palimpsest.dictionaries.codes import Codes
+from palimpsest.errors import DictionaryError, NumericsError
+
+VIEWS = ("base", "tuned", "diff", "pair")
+"""What a dictionary reads of a pair of models."""
+
+TILE_BYTES = 16 << 20
+"""Size of the pre-activations that encoding holds at once; small enough to stay close to the caches."""
+
+
+class Dictionary(nn.Module):
+    """A sparse dictionary that reads the raw activations of one model, of two, or their difference.
+
+    Encoding computes `sum over models of (x_m - b_dec_m) @ W_enc_m + b_enc` (without b_dec where
+    `apply_b_dec_to_input` is false) and applies a selection rule; decoding is `codes @ W_dec + b_dec`.
+
+    Attributes:
+        W_enc: `[models, d_model, latents]`.
+        W_dec: `[latents, models, d_model]`.
+        b_enc: `[latents]`.
+        b_dec: `[models, d_model]`.
+        threshold: `[latents]` for batch_topk (inference) and jumprelu, else None.
+        metadata: Plain JSON about its origin: model, revision, site, tokens, corpus, recipe, metrics.
+    """
+
+    threshold: Tensor | None
+
+    def __init__(
+        self,
+        d_model: int,
+        n_latents: int,
+        *,
+        activation: str = "topk",
+        k: int | float | None = None,
+        models: int = 1,
+        view: str = "base",
+        apply_b_dec_to_input: bool = True,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Random unit decoder rows and their transpose as the encoder; biases and thresholds are zero.
+
+        Args:
+            d_model: Width of the activations.
+            n_latents: Number of latents.
+            activation: One of relu, topk, batch_topk, jumprelu.
+            k: Latents per token: a whole number for topk, an average for batch_topk, else None.
+            models: How many models the dictionary reads at once.
+            view: base, tuned, diff or pair; pair is the only one that reads two models.
+            apply_b_dec_to_input: Subtract `b_dec` before encoding.
+            metadata: Copied.
+
+        Raises:
+            DictionaryError: The arguments contradict each other.
+        """
+        super().__init__()
+        _check_arguments(d_model, n_latents, activation, k, models, view)
+        self.d_model, self.n_latents, self.models = d_model, n_latents, models
+        self.activation, self.k, self.view = activation, k, view
+        self.apply_b_dec_to_input = apply_b_dec_to_input
+        self.metadata: dict[str, Any] = dict(metadata or {})
+        directions = F.normalize(torch.randn(n_latents, models * d_model), dim=1)
+        self.W_dec = nn.Parameter(directions.view(n_latents, models, d_model))
+        self.W_enc = nn.Parameter(directions.T.contiguous().view(models, d_model, n_latents))
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.b_dec = nn.Parameter(torch.zeros(models, d_model))
+        if activation == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(n_latents))
+        else:
+            empty = torch.zeros(n_latents) if activation in THRESHOLDED else None
+            self.register_buffer("threshold", empty)
+
+    @classmethod
+    def random(
+        cls,
+        d_model: int,
+        n_latents: int,
+        k: int,
+        *,
+        mean: Float[Tensor, " d_model"] | None = None,
+        seed: int = 0,
+    ) -> Dictionary:
+        """A control: random unit directions, encoder = decoder transposed, top-k around `mean`."""
+        generator = torch.Generator().manual_seed(seed)
+        directions = F.normalize(torch.randn(n_latents, d_model, generator=generator), dim=1)
+        return cls._tied(directions, mean, k, recipe=f"random directions, seed {seed}")
+
+    @classmethod
+    def basis(
+        cls, directions: Float[Tensor, "n d_model"], k: int, *, mean: Float[Tensor, " d_model"] | None = None
+    ) -> Dictionary:
+        """A control: latents 0..n-1 are the directions, n..2n-1 their negatives, top-k around `mean`.
+
+        Args:
+            directions: Orthonormal rows (principal components, or the identity for the neuron basis), so that
+                reading and writing along them is a projection.
+            k: Latents per token.
+            mean: Subtracted before reading and added after writing; zero when absent.
+        """
+        return cls._tied(torch.cat([directions, -directions]), mean, k, recipe="signed basis")
+
+    @classmethod
+    def _tied(cls, directions: Tensor, mean: Tensor | None, k: int, recipe: str) -> Dictionary:
+        n_latents, d_model = directions.shape
+        with torch.device("meta"):
+            made = cls(d_model, n_latents, activation="topk", k=k, metadata={"recipe": recipe})
+        made = made.to_empty(device=directions.device).to(directions.dtype)
+        with torch.no_grad():
+            made.W_dec.copy_(directions[:, None])
+            made.W_enc.copy_(directions.T[None])
+            made.b_enc.zero_()
+            made.b_dec.zero_() if mean is None else made.b_dec.copy_(mean[None])
+        return made.requires_grad_(False).eval()
+
+    @property
+    def site(self) -> str | None:
+        """The address that the dictionary was trained on, if known."""
+        return self.metadata.get("site")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights; inputs are cast to it."""
+        return self.W_enc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.W_enc.device
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as plain values for a manifest or a table."""
+        return {
+            "d_model": self.d_model,
+            "n_latents": self.n_latents,
+            "activation": self.activation,
+            "k": self.k,
+            "models": self.models,
+            "view": self.view,
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "metadata": self.metadata,
+        }
+
+    def extra_repr(self) -> str:
+        """One line for `repr`."""
+        k = "" if self.k is None else f", k={self.k}"
+        return f"d_model={self.d_model}, n_latents={self.n_latents}, {self.activation}{k}, view={self.view}"
+
+    def flatten_input(self, x: Tensor) -> Float[Tensor, "tokens features"]:
+        """Check the shape and join the models' activations side by side.
+
+        Raises:
+            DictionaryError: `x` is not [tokens, d_model] (one model) or [tokens, models, d_model].
+        """
+        fits = x.shape[1:] == (self.models, self.d_model) or (
+            self.models == 1 and x.shape[1:] == (self.d_model,)
+        )
+        if x.ndim < 2 or not fits:
+            short = "[tokens, d_model] or " if self.models == 1 else ""
+            raise DictionaryError(
+                "The activations do not have the width of the dictionary",
+                expected=f"{short}[tokens, {self.models}, {self.d_model}]",
+                found=f"shape {list(x.shape)}",
+                fix="Use a dictionary trained on this model and site; flatten batch and sequence into tokens",
+            )
+        return x.reshape(x.shape[0], self.models * self.d_model)
+
+    def encode(self, x: Float[Tensor, "tokens *models d_model"]) -> Codes:
+        """Read activations into sparse codes, in tiles of tokens.
+
+        Args:
+            x: `[tokens, d_model]` for one model, `[tokens, models, d_model]` for any number; of any dtype.
+
+        Returns:
+            Ordered codes in the dtype of the weights. Differentiable, with the selection held fixed.
+
+        Raises:
+            DictionaryError: The width is wrong.
+            NumericsError: `x` holds NaN or infinity; names the first such row.
+        """
+        flat = self.flatten_input(x)
+        _check_finite(flat)
+        tile = max(1, TILE_BYTES // (self.n_latents * self.W_enc.element_size()))
+        keep_graph = torch.is_grad_enabled() and (flat.requires_grad or self.W_enc.requires_grad)
+        scratch = None if keep_graph else self.b_enc.new_empty(min(tile, flat.shape[0]), self.n_latents)
+        parts = [self._encode_tile(rows, scratch) for rows in flat.split(tile)]
+        return Codes.concatenate(parts)
+
+    def _encode_tile(self, rows: Tensor, scratch: Tensor | None) -> Codes:
+        pre = self.pre_activations(rows, None if scratch is None else scratch[: rows.shape[0]])
+        return select(pre, self.activation, k=self.k, threshold=self.threshold)
+
+    def pre_activations(
+        self, flat: Float[Tensor, "tokens features"], out: Tensor | None = None
+    ) -> Float[Tensor, "tokens latents"]:
+        """What the selection rule sees, for activations joined by `flatten_input`; one matrix product.
+
+        The bias is subtracted from the activations, before the cast, and not folded into `b_enc`: that costs
+        one pass over `x` (under 1 % of the product) and keeps its precision when the weights are bfloat16.
+        """
+        if self.apply_b_dec_to_input:
+            flat = flat - self.b_dec.view(-1)
+        weight = self.W_enc.view(self.models * self.d_model, self.n_latents)
+        flat = flat.to(weight.dtype)
+        if out is None:
+            return torch.addmm(self.b_enc, flat, weight)
+        with torch.no_grad():
+            return torch.addmm(self.b_enc, flat, weight, out=out)
+
+    def decode(self, codes: Codes) -> Float[Tensor, "tokens *models d_model"]:
+        """Write codes back: the weighted sum of the decoder rows of the active latents.
+
+        Returns:
+            `[tokens, d_model]` for one model, else `[tokens, models, d_model]`.
+
+        Raises:
+            DictionaryError: The codes come from a dictionary of another size.
+        """
+        if codes.n_latents != self.n_latents:
+            raise DictionaryError(
+                "These codes come from another dictionary",
+                expected=f"{self.n_latents} latents",
+                found=f"{codes.n_latents}",
+                fix="Decode with the dictionary that encoded",
+            )
+        rows = self.gather(codes.crow, codes.indices, codes.values) + self.b_dec.view(-1)
+        return rows if self.models == 1 else rows.view(-1, self.models, self.d_model)
+
+    def gather(self, crow: Tensor, indices: Tensor, values: Tensor) -> Float[Tensor, "tokens features"]:
+        """Sum of decoder rows per token, without the bias; never a `[tokens, latents]` matrix."""
+        weight = self.W_dec.view(self.n_latents, self.models * self.d_model)
+        return F.embedding_bag(
+            indices,
+            weight,
+            crow,
+            mode="sum",
+            per_sample_weights=values.to(weight.dtype),
+            include_last_offset=True,
+        )
+
+    def forward(self, x: Float[Tensor, "tokens *models d_model"]) -> tuple[Tensor, Codes]:
+        """Encode and decode.
+
+        Returns:
+            The reconstruction, in the shape of `x`, and the codes.
+        """
+        codes = self.encode(x)
+        return self.decode(codes).view(x.shape), codes
+
+    def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the native format; see `palimpsest.dictionaries.native.save`."""
+        from palimpsest.dictionaries.native import save
+
+        return save(self, path, overwrite=overwrite)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> Dictionary:
+        """Read a dictionary from a folder or a hub id; see `palimpsest.dictionaries.load_dictionary`."""
+        from palimpsest.dictionaries.formats import load_dictionary
+
+        return load_dictionary(path, device=device, dtype=dtype, revision=revision)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+        """Upload with a card; see `palimpsest.dictionaries.native.push`."""
+        from palimpsest.dictionaries.native import push
+
+        return push(self, repo_id, private=private, token=token)
+
+
+def _check_arguments(
+    d_model: int, n_latents: int, activation: str, k: int | float | None, models: int, view: str
+) -> None:
+    """Refuse dimensions and rules that contradict each other."""
+    if activation not in ACTIVATIONS:
+        raise DictionaryError("Unknown activation", expected=", ".join(ACTIVATIONS), found=activation)
+    if view not in VIEWS:
+        raise DictionaryError("Unknown view", expected=", ".join(VIEWS), found=view)
+    if min(d_model, n_latents, models) < 1:
+        raise DictionaryError(
+            "A dictionary needs at least one latent, one model and one dimension",
+            found=f"d_model={d_model}, n_latents={n_latents}, models={models}",
+        )
+    if (view == "pair") != (models > 1):
+        raise DictionaryError(
+            f"The {view} view does not read {models} activations",
+            expected="models=2 or more for pair" if view == "pair" else "models=1",
+            found=f"models={models}",
+        )
+    if activation not in ("topk", "batch_topk"):
+        return
+    if k is None or k <= 0 or (activation == "topk" and int(k) != k):
+        what = "a whole number above 0" if activation == "topk" else "a number above 0"
+        raise DictionaryError(f"{activation} needs k, the latents per token", expected=what, found=k)
+    if k > n_latents:
+        raise DictionaryError(
+            "k is larger than the number of latents",
+            expected=f"k of at most {n_latents}",
+            found=k,
+            fix="Lower k or train a dictionary with more latents",
+        )
+
+
+def _check_finite(flat: Tensor) -> None:
+    """Refuse NaN and infinity, naming the first row that has one."""
+    # The sum is not finite when any entry is not; only then is it worth looking for the row.
+    if torch.isfinite(flat.sum(dtype=torch.float64 if flat.device.type != "mps" else None)):
+        return
+    bad = (~torch.isfinite(flat)).any(dim=1).nonzero().squeeze(1)
+    if bad.numel() == 0:
+        return
+    raise NumericsError(
+        f"The activations hold NaN or infinity in {bad.numel()} of {flat.shape[0]} rows",
+        expected="finite numbers",
+        found=f"the first such token is row {int(bad[0])}",
+        fix="Run the model in float32 or bfloat16 instead of float16, and check its weights",
+    )

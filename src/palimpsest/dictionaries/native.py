@@ -1,0 +1,164 @@
+"""The native format: an artifact folder with `dictionary.json` and `dictionary.safetensors`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from palimpsest.artifacts import RunFolder, open_artifact
+from palimpsest.dictionaries.activations import THRESHOLDED
+from palimpsest.dictionaries.dictionary import Dictionary
+from palimpsest.dictionaries.tensors import check_shapes, common_dtype, read_config, read_tensors
+from palimpsest.errors import ArtifactError, DictionaryError
+
+STAGE = "dictionary"
+SCHEMA = 1
+"""Version of `dictionary.json`."""
+
+CONFIG_FILE = "dictionary.json"
+WEIGHTS_FILE = "dictionary.safetensors"
+_FIELDS = ("d_model", "n_latents", "activation", "k", "models", "view", "apply_b_dec_to_input")
+
+
+def build(
+    fields: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    source: object,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Dictionary:
+    """Make a dictionary around existing weights, without copying those that already have the dtype.
+
+    Args:
+        fields: d_model, n_latents, activation, k, models, view, apply_b_dec_to_input.
+        weights: W_enc, W_dec, b_enc, b_dec and, where the activation has one, threshold; in our layout.
+        source: Named in errors.
+        metadata: Origin of the dictionary.
+        dtype: Of the weights; as stored when absent.
+
+    Returns:
+        The dictionary, for inference: no gradients.
+
+    Raises:
+        DictionaryError: Shapes contradict the fields, or the fields one another.
+    """
+    d_model, n_latents, models = fields["d_model"], fields["n_latents"], fields["models"]
+    with torch.device("meta"):
+        made = Dictionary(**dict(fields), metadata=metadata)
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (models, d_model, n_latents),
+        "W_dec": (n_latents, models, d_model),
+        "b_enc": (n_latents,),
+        "b_dec": (models, d_model),
+    }
+    if fields["activation"] in THRESHOLDED:
+        shapes["threshold"] = (n_latents,)
+    check_shapes(weights, shapes, source)
+    chosen = common_dtype(weights, dtype)
+    state = {name: tensor.to(chosen).contiguous() for name, tensor in weights.items()}
+    made.load_state_dict(state, assign=True)
+    return made.requires_grad_(False).eval()
+
+
+def save(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -> Path:
+    """Write a dictionary as a finished artifact folder.
+
+    Raises:
+        ArtifactError: The folder is in use, holds something else, or the disk is full.
+    """
+    description = dictionary.describe()
+    metadata = description.pop("metadata")
+    models = {"model": metadata["model"]} if "model" in metadata else {}
+    with RunFolder(path, stage=STAGE, config=description, models=models, overwrite=overwrite) as run:
+        write_files(run, dictionary)
+        run.finish()
+    return Path(path)
+
+
+def write_files(run: RunFolder, dictionary: Dictionary) -> None:
+    """Write the two files into an open artifact folder, for stages that make the dictionary."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in dictionary.state_dict().items()}
+    with run.writing(WEIGHTS_FILE) as temporary:
+        save_file(tensors, temporary)
+    run.write_json(CONFIG_FILE, {"schema": SCHEMA, **dictionary.describe()})
+
+
+def matches(path: Path) -> bool:
+    """Whether a folder looks like the native format."""
+    return (path / CONFIG_FILE).exists() or (path / WEIGHTS_FILE).exists()
+
+
+def read(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Dictionary:
+    """Read a folder that `save` or the trainer wrote.
+
+    Raises:
+        ArtifactError: It is unfinished or was edited.
+        DictionaryError: Its content is not a dictionary that this version reads.
+    """
+    open_artifact(path, stage=STAGE)
+    config = read_config(path / CONFIG_FILE)
+    if config.get("schema") != SCHEMA:
+        raise DictionaryError(
+            f"{path / CONFIG_FILE} has a schema that this version does not read",
+            expected=f"schema {SCHEMA}",
+            found=config.get("schema"),
+            fix="Upgrade palimpsest",
+        )
+    missing = [name for name in _FIELDS if name not in config]
+    if missing:
+        raise DictionaryError(f"{path / CONFIG_FILE} lacks {', '.join(missing)}")
+    fields = {name: config[name] for name in _FIELDS}
+    weights = read_tensors(path / WEIGHTS_FILE, device)
+    return build(fields, weights, path, metadata=config.get("metadata"), dtype=dtype)
+
+
+def push(dictionary: Dictionary, repo_id: str, *, private: bool = True, token: str | None = None) -> str:
+    """Upload a dictionary with a card to the Hugging Face hub.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DictionaryError: The hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(token=token)
+    with TemporaryDirectory() as scratch:
+        folder = save(dictionary, Path(scratch) / "dictionary")
+        (folder / "README.md").write_text(card(dictionary, repo_id), encoding="utf-8")
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+            raise DictionaryError(
+                f"Cannot upload to {repo_id}", found=error, fix="Check the name, the network and the token"
+            ) from error
+
+
+def card(dictionary: Dictionary, repo_id: str) -> str:
+    """The model card: what the dictionary is, where it came from, how to load it."""
+    rows = {**dictionary.describe(), **dictionary.metadata}
+    rows.pop("metadata")
+    table = "\n".join(f"| {name} | `{value}` |" for name, value in rows.items())
+    return (
+        "---\nlibrary_name: palimpsest\ntags: [sparse-autoencoder, interpretability]\n---\n"
+        f"# {repo_id}\n\nA sparse dictionary.\n\n| | |\n|---|---|\n{table}\n\n"
+        f'```python\nfrom palimpsest import Dictionary\n\nDictionary.from_pretrained("{repo_id}")\n```\n'
+    )
+
+
+def is_running(path: Path) -> bool:
+    """Whether a folder is a dictionary whose training has not finished."""
+    try:
+        return open_artifact(path, stage=STAGE, allow_running=True, verify=False).status != "complete"
+    except ArtifactError:
+        return False
