@@ -1,0 +1,7 @@
+"""The report: one self-contained page per audit. Reads artifacts only; imports no torch."""
+
+from palimpsest.report.build import build_report
+from palimpsest.report.charts import chart_png
+from palimpsest.report.page import render
+
+__all__ = ["build_report", "chart_png", "render"]
