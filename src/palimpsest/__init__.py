@@ -1,1 +1,88 @@
-"""Palimpsest: what did a fine-tune change in a language model."""
+"""Palimpsest: what a fine-tune wrote over its base model.
+
+    >>> from palimpsest import AuditConfig, RunOptions, audit
+    >>> run = audit(  # doctest: +SKIP
+    ...     AuditConfig(
+    ...         "base/", "math/", dictionary="dict/", general="general.jsonl", task=("math=math.jsonl",),
+    ...         run=RunOptions(out="audit/"),
+    ...     )
+    ... )
+    >>> run.read_json("audit.json")["tasks"][0]["idr"]  # doctest: +SKIP
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from palimpsest.artifacts import Artifact, open_artifact
+    from palimpsest.audit import AuditConfig, audit
+    from palimpsest.corpus import Corpus
+    from palimpsest.dictionaries import (
+        Dictionary,
+        TrainConfig,
+        load_dictionary,
+        save_saelens,
+        train_dictionary,
+    )
+    from palimpsest.errors import PalimpsestError
+    from palimpsest.findings import AuditFinding
+    from palimpsest.harvest import HarvestConfig, Harvester, harvest
+    from palimpsest.models import ModelPair, capture, load_model, load_pair, replace
+    from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
+    from palimpsest.report import build_report
+    from palimpsest.store import ActivationStore
+    from palimpsest.train import TrainSaeConfig, train_sae
+
+_HOMES = {
+    "artifacts": ("Artifact", "open_artifact"),
+    "audit": ("AuditConfig", "audit"),
+    "corpus": ("Corpus",),
+    "dictionaries": ("Dictionary", "TrainConfig", "load_dictionary", "save_saelens", "train_dictionary"),
+    "errors": ("PalimpsestError",),
+    "findings": ("AuditFinding",),
+    "harvest": ("HarvestConfig", "Harvester", "harvest"),
+    "models": ("ModelPair", "capture", "load_model", "load_pair", "replace"),
+    "options": ("CorpusOptions", "ModelOptions", "RunOptions"),
+    "report": ("build_report",),
+    "store": ("ActivationStore",),
+    "train": ("TrainSaeConfig", "train_sae"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ActivationStore",
+    "Artifact",
+    "AuditConfig",
+    "AuditFinding",
+    "Corpus",
+    "CorpusOptions",
+    "Dictionary",
+    "HarvestConfig",
+    "Harvester",
+    "ModelOptions",
+    "ModelPair",
+    "PalimpsestError",
+    "RunOptions",
+    "TrainConfig",
+    "TrainSaeConfig",
+    "audit",
+    "build_report",
+    "capture",
+    "harvest",
+    "load_dictionary",
+    "load_model",
+    "load_pair",
+    "open_artifact",
+    "replace",
+    "save_saelens",
+    "train_dictionary",
+    "train_sae",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"palimpsest.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,9 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
 
@@ -19,8 +21,20 @@ RUN_ONLY = ("out", "resume", "overwrite")
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
+FLAT = Parameter(name="*")
+"""Puts the fields of an option group beside the command's own flags."""
 
-@dataclass(frozen=True)
+
+def _count(_: object, tokens: Any) -> int:
+    return parse_count(tokens[0].value)
+
+
+Count = Annotated[int, Parameter(converter=_count)]
+"""A whole number that a user may write as 20k or 2M."""
+
+
+@Parameter(group="Models")
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """How models are loaded."""
 
@@ -48,18 +62,19 @@ class ModelOptions:
     one_at_a_time: bool = False
     """Hold one model in memory at a time: the base's readings are spooled to disk, then the tuned model runs."""
 
-    tokens_per_batch: int = 4096
+    tokens_per_batch: Count = 4096
     """Padded tokens in one forward pass."""
 
 
-@dataclass(frozen=True)
+@Parameter(group="Text")
+@dataclass(frozen=True, kw_only=True)
 class CorpusOptions:
     """Which text is read and which of its tokens are measured."""
 
     max_length: int = 512
     """Tokens of a document that are read; the rest is cut off."""
 
-    max_documents: int | None = None
+    max_documents: Annotated[int | None, Parameter(converter=_count)] = None
     """Documents read from each corpus; all of them by default."""
 
     text_field: str = "text"
@@ -87,7 +102,8 @@ class CorpusOptions:
     """Measure BOS, special and chat-template tokens too."""
 
 
-@dataclass(frozen=True)
+@Parameter(group="Output")
+@dataclass(frozen=True, kw_only=True)
 class RunOptions:
     """Where a stage writes and how it restarts."""
 

@@ -1,11 +1,14 @@
 """The options of an audit: Python API, command-line flags, config file and manifest entry at once."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
-from palimpsest.options import CorpusOptions, ModelOptions, RunOptions, parse_assignment
+from palimpsest.options import FLAT, CorpusOptions, ModelOptions, RunOptions, parse_assignment
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,8 @@ class AuditConfig:
     tuned: str
     """The fine-tune: a folder or hub id of a full checkpoint or of a PEFT adapter."""
 
+    _: KW_ONLY
+
     dictionary: str
     """Dictionary of the base model: a folder or hub id (native or SAELens format)."""
 
@@ -27,7 +32,7 @@ class AuditConfig:
     task: tuple[str, ...]
     """Task corpora as NAME=FILE."""
 
-    run: RunOptions
+    run: Annotated[RunOptions, FLAT]
     """Where the results go."""
 
     site: str | None = None
@@ -42,7 +47,7 @@ class AuditConfig:
     k_max: int = 32
     """Overlap is measured for every k up to this one."""
 
-    loss: bool = True
+    loss: Annotated[bool, Parameter(negative="--no-loss")] = True
     """Measure each token's loss in both models; without it the forward passes stop at the site."""
 
     kl: bool = False
@@ -63,28 +68,37 @@ class AuditConfig:
     top_latents: int = 200
     """Latents per corpus that are selected on one half of the documents and tested on the other."""
 
-    models: ModelOptions = field(default_factory=ModelOptions)
+    models: Annotated[ModelOptions, FLAT] = field(default_factory=ModelOptions)
     """How models are loaded."""
 
-    corpora: CorpusOptions = field(default_factory=CorpusOptions)
+    corpora: Annotated[CorpusOptions, FLAT] = field(default_factory=CorpusOptions)
     """How text is read."""
 
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
         if not 1 <= self.k <= self.k_max:
             raise ConfigError(
-                "k does not fit k_max", expected=f"1 to {self.k_max} (k_max)", found=self.k, fix="Raise --k-max"
+                "k does not fit k_max",
+                expected=f"1 to {self.k_max} (k_max)",
+                found=self.k,
+                fix="Raise --k-max",
             )
         if not 0.5 <= self.confidence < 1:
-            raise ConfigError("confidence is no coverage", expected="0.5 up to below 1", found=self.confidence)
+            raise ConfigError(
+                "confidence is no coverage", expected="0.5 up to below 1", found=self.confidence
+            )
         if self.resamples < 100:
-            raise ConfigError("Too few resamples for an interval", expected="at least 100", found=self.resamples)
+            raise ConfigError(
+                "Too few resamples for an interval", expected="at least 100", found=self.resamples
+            )
         if self.kl and not self.loss:
             raise ConfigError("KL needs the whole forward pass", fix="Drop --kl or --no-loss")
         names = [name for name, _ in self.tasks]
         if len({*names, "general"}) != len(names) + 1:
             raise ConfigError(
-                "Corpora need different names", expected="a name per task, none of them 'general'", found=", ".join(names)
+                "Corpora need different names",
+                expected="a name per task, none of them 'general'",
+                found=", ".join(names),
             )
 
     @property

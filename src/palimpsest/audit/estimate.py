@@ -8,7 +8,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from palimpsest.audit.sums import CorpusSums
-from palimpsest.stats import exchange_p, minimum_detectable, percentile_interval, resample_weights, weighted_mean
+from palimpsest.stats import (
+    exchange_p,
+    minimum_detectable,
+    percentile_interval,
+    resample_weights,
+    weighted_mean,
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ class CorpusEstimates:
             return Curve(sums.counts.sum(0) / tokens.sum(), samples, sums.counts / tokens[:, None])
         with np.errstate(invalid="ignore", divide="ignore"):
             documents = sums.overlap / np.where(columns["listed"] > 0, columns["listed"], np.nan)[:, None]
-        mean = np.nanmean(documents, 0) if np.isfinite(documents).any() else np.full(documents.shape[1], np.nan)
+        mean = (
+            np.nanmean(documents, 0) if np.isfinite(documents).any() else np.full(documents.shape[1], np.nan)
+        )
         return Curve(mean, weighted_mean(self._weights, documents), documents)
 
     def _ratio(self, numerator: NDArray, denominator: NDArray) -> tuple[float, tuple[float, float]]:
@@ -136,14 +144,16 @@ def compare(task: CorpusEstimates, general: CorpusEstimates) -> Comparison:
 
 
 def exchange(task: CorpusEstimates, general: CorpusEstimates) -> float:
-    """p of a permutation of documents between the two corpora, at the primary k."""
+    """P of a permutation of documents between the two corpora, at the primary k."""
     column = task.settings.k - 1
     rng = np.random.default_rng([task.settings.seed, 7])
     a, b = (one.curve.documents[:, column] for one in (task, general))
     return exchange_p(a, b, task.settings.resamples, rng)
 
 
-def curve_rows(name: str, role: str, estimates: CorpusEstimates, against: Comparison | None) -> list[dict[str, Any]]:
+def curve_rows(
+    name: str, role: str, estimates: CorpusEstimates, against: Comparison | None
+) -> list[dict[str, Any]]:
     """Rows of `curve.parquet` for one corpus."""
     lo, hi = percentile_interval(estimates.curve.samples, estimates.settings.confidence)
     rows = []

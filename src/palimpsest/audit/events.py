@@ -31,9 +31,7 @@ class EventBuffer:
             self._events(batch, base, tuned, changed.left, matches.same, entered=False),
             self._events(batch, tuned, base, changed.entered, matches.same.transpose(1, 2), entered=True),
         ]
-        merged = {
-            key: torch.cat([self._table[key], *(part[key] for part in found)]) for key in self._table
-        }
+        merged = {key: torch.cat([self._table[key], *(part[key] for part in found)]) for key in self._table}
         self._table = self._strongest(merged)
 
     def arrays(self) -> dict[str, NDArray]:

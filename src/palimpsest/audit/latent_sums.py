@@ -73,7 +73,11 @@ class LatentSums:
         (tokens when pooled) with a list.
         """
         if self._sums is None or self._change is None:
-            return {"sums": np.zeros((2, len(FIELDS), self._n)), "change": np.zeros((2, 2, self._n)), "weight": np.zeros((2, 2))}
+            return {
+                "sums": np.zeros((2, len(FIELDS), self._n)),
+                "change": np.zeros((2, 2, self._n)),
+                "weight": np.zeros((2, 2)),
+            }
         return {
             "sums": self._sums.cpu().numpy(),
             "change": self._change.cpu().numpy(),
@@ -83,7 +87,9 @@ class LatentSums:
     def _count(self, half: Tensor, count: Tensor, with_list: Tensor) -> None:
         for column, tokens in enumerate((count, with_list)):
             amount = tokens if self._pooled and column == 1 else (tokens > 0).double()
-            self._weight[:, column] += torch.zeros(2, dtype=torch.float64, device=half.device).index_add_(0, half, amount).cpu()
+            self._weight[:, column] += (
+                torch.zeros(2, dtype=torch.float64, device=half.device).index_add_(0, half, amount).cpu()
+            )
 
     def _lists(self, half: Tensor, weight: Tensor, lists: list[TopList], changed: Churn) -> None:
         assert self._sums is not None
@@ -115,7 +121,9 @@ class LatentSums:
                 here = (document >= start) & (document < stop) if group < len(half) else slice(None)
                 key = (document[here] - start) * self._n + latent[here]
                 for field, amount in (("rate", share[here]), ("mean", value[here] * share[here])):
-                    table = torch.zeros((stop - start) * self._n, device=place.device).index_add_(0, key, amount)
+                    table = torch.zeros((stop - start) * self._n, device=place.device).index_add_(
+                        0, key, amount
+                    )
                     table = table.view(stop - start, self._n)
                     for part in range(2):
                         mine = table[half[start:stop] == part]

@@ -56,9 +56,10 @@ def latent_rows(
     interval, p (t over documents) and q (Benjamini-Hochberg over the selected) come from the other half.
     """
     weight = sums.latents["weight"]
-    fields = dict(zip(FIELDS, sums.latents["sums"].transpose(1, 0, 2), strict=True))
+    fields: dict[str, NDArray] = dict(zip(FIELDS, sums.latents["sums"].transpose(1, 0, 2), strict=True))
     whole = {
-        name: both.sum(0) / max(weight[:, 1 if name in ("left", "entered", "lost", "gained") else 0].sum(), 1e-300)
+        name: both.sum(0)
+        / max(weight[:, 1 if name in ("left", "entered", "lost", "gained") else 0].sum(), 1e-300)
         for name, both in fields.items()
     }
     contribution = whole["lost"] + whole["gained"]
@@ -67,7 +68,10 @@ def latent_rows(
     shown = np.flatnonzero((contribution > 0) | (whole["rate_base"] > 0) | (whole["rate_tuned"] > 0))
     shown = shown[np.argsort(-contribution[shown], kind="stable")]
     numbers = [contribution, whole["gained"], whole["lost"]] + [whole[name] for name in NUMBERS[3:]]
-    columns: dict[str, Any] = {"dataset": [dataset] * (len(shown) + 1), "latent": [LENGTH_ROW, *shown.tolist()]}
+    columns: dict[str, Any] = {
+        "dataset": [dataset] * (len(shown) + 1),
+        "latent": [LENGTH_ROW, *shown.tolist()],
+    }
     for name, values in zip(NUMBERS, numbers, strict=True):
         columns[name] = [length_share if name == "contribution" else None, *values[shown].tolist()]
     columns["selected"] = [False, *selected[shown].tolist()]
@@ -106,7 +110,9 @@ def _tested(
     return columns
 
 
-def _examples(events: dict[str, NDArray], wanted: set[int], tokenizer: Any) -> dict[int, list[dict[str, Any]]]:
+def _examples(
+    events: dict[str, NDArray], wanted: set[int], tokenizer: Any
+) -> dict[int, list[dict[str, Any]]]:
     """Decoded examples of the wanted latents, strongest first."""
     found: dict[int, list[dict[str, Any]]] = {}
     for i in range(len(events["latent"])):

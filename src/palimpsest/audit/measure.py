@@ -100,4 +100,3 @@ def _save(sums: CorpusSums, path: Path) -> None:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
-

@@ -89,6 +89,7 @@ def value_change(matches: Matches, base: TopList, tuned: TopList, k: int) -> Flo
     a, b = base.values[token, i], tuned.values[token, j]
     size = matches.same.shape[0]
     difference, total = (
-        torch.zeros(size, dtype=a.dtype, device=a.device).index_add_(0, token, v) for v in ((a - b).abs(), a + b)
+        torch.zeros(size, dtype=a.dtype, device=a.device).index_add_(0, token, v)
+        for v in ((a - b).abs(), a + b)
     )
     return difference / torch.where(total > 0, total, torch.nan)

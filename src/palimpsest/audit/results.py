@@ -10,8 +10,8 @@ from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.estimate import Comparison, CorpusEstimates, Settings, compare, curve_rows, exchange
 from palimpsest.audit.latent_table import latent_rows
 from palimpsest.audit.measure import Size
-from palimpsest.audit.sums import CorpusSums
 from palimpsest.audit.summary import summary, warnings
+from palimpsest.audit.sums import CorpusSums
 from palimpsest.corpus import Corpus
 from palimpsest.dictionaries import Dictionary
 from palimpsest.findings import AuditFinding, ControlFinding, CorpusFinding, TaskFinding
@@ -53,7 +53,9 @@ def audit_finding(config: AuditConfig, evidence: Evidence, command: str) -> Audi
     estimates = estimates_of(config, evidence, MAIN)
     corpora = [_corpus_finding(config, evidence, name, one) for name, one in estimates.items()]
     tasks = [
-        _task_finding(config, corpus, estimates[corpus.name], estimates[GENERAL]) for corpus in corpora if corpus.role == "task"
+        _task_finding(config, corpus, estimates[corpus.name], estimates[GENERAL])
+        for corpus in corpora
+        if corpus.role == "task"
     ]
     controls = [
         _control_finding(name, estimates_of(config, evidence, name))
@@ -67,7 +69,12 @@ def audit_finding(config: AuditConfig, evidence: Evidence, command: str) -> Audi
         pair=_pair(config, evidence),
         site=evidence.site,
         dictionary=evidence.dictionary_entry
-        | {"latents": dictionary.n_latents, "k": dictionary.k, "activation": dictionary.activation, "site": dictionary.site},
+        | {
+            "latents": dictionary.n_latents,
+            "k": dictionary.k,
+            "activation": dictionary.activation,
+            "site": dictionary.site,
+        },
         k=config.k,
         ks=list(range(1, len(estimates[GENERAL].curve.mean) + 1)),
         mode="legacy" if config.legacy else "macro",
@@ -110,7 +117,9 @@ def _corpus_finding(
     config: AuditConfig, evidence: Evidence, name: str, one: CorpusEstimates
 ) -> CorpusFinding:
     corpus, size = evidence.corpora[name]
-    lo, hi = np.percentile(one.curve.samples, [50 * (1 - config.confidence), 50 * (1 + config.confidence)], axis=0)
+    lo, hi = np.percentile(
+        one.curve.samples, [50 * (1 - config.confidence), 50 * (1 + config.confidence)], axis=0
+    )
     r2, r2_ci = one.r2_delta()
     value, value_ci = one.mean("value_change", "valued")
     drift, drift_ci = one.mean("drift", "tokens")

@@ -9,8 +9,8 @@ from typing import Any
 from palimpsest.artifacts import Artifact, RunFolder, input_entry, open_artifact
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.controls import control_dictionaries
-from palimpsest.audit.results import Evidence, audit_finding, write_tables
 from palimpsest.audit.measure import Size, measure_corpora, survey
+from palimpsest.audit.results import Evidence, audit_finding, write_tables
 from palimpsest.audit.sums import Measure
 from palimpsest.corpus import Corpus
 from palimpsest.dictionaries import Dictionary, load_dictionary
@@ -95,7 +95,9 @@ def _open(config: AuditConfig) -> _Inputs:
     k_max = min(config.k_max, dictionary.n_latents)
     if config.k > dictionary.n_latents:
         raise DictionaryError(
-            "k is larger than the number of latents", expected=f"at most {dictionary.n_latents}", found=config.k
+            "k is larger than the number of latents",
+            expected=f"at most {dictionary.n_latents}",
+            found=config.k,
         )
     return _Inputs(pair, dictionary.to(pair.base.device), site, corpora, k_max)
 
@@ -113,7 +115,8 @@ def _site(config: AuditConfig, dictionary: Dictionary, pair: ModelPair) -> str:
     asked = sites.canonical(config.site) if config.site else None
     if own is None and asked is None:
         raise DictionaryError(
-            f"{config.dictionary} does not say which site it reads", fix="Name it with --site, as in resid_post.13"
+            f"{config.dictionary} does not say which site it reads",
+            fix="Name it with --site, as in resid_post.13",
         )
     if own and asked and own != asked and not config.force_site:
         raise DictionaryError(
@@ -139,11 +142,16 @@ def _input_entries(config: AuditConfig, inputs: _Inputs) -> dict[str, Any]:
     """What the result depends on; another content of any of these refuses to resume."""
     entries = {corpus.name: corpus.fingerprint() for corpus, _ in inputs.corpora}
     local = Path(config.dictionary).exists()
-    entries["dictionary"] = input_entry(config.dictionary) if local else {"path": config.dictionary, "sha256": None}
+    entries["dictionary"] = (
+        input_entry(config.dictionary) if local else {"path": config.dictionary, "sha256": None}
+    )
     pair = inputs.pair
     entries["base"] = {"path": config.base, "sha256": fingerprint(pair.base)}
     # One model at a time, the tuned one is not loaded before the base's pass is done.
-    entries["tuned"] = {"path": config.tuned, "sha256": None if pair.one_at_a_time else fingerprint(pair.tuned)}
+    entries["tuned"] = {
+        "path": config.tuned,
+        "sha256": None if pair.one_at_a_time else fingerprint(pair.tuned),
+    }
     return entries
 
 

@@ -19,16 +19,19 @@ def summary(
     scale = config.k if config.legacy else 1
     overlap = general.intersection_mean[str(config.k)] / scale
     what = "adapter" if kind == "adapter" else "fine-tune"
-    text = [
-        f"On general text the {what} {Path(config.tuned).name} keeps {overlap:.1%} of the base's top-{config.k} latents."
-    ]
+    name = Path(config.tuned).name
+    text = [f"On general text the {what} {name} keeps {overlap:.1%} of the base's top-{config.k} latents."]
     moved = [_moved(task) for task in tasks if not task.ci[0] <= 0 <= task.ci[1]]
     if moved:
         text.append(f"Compared with that, {_join(moved)}.")
     elif tasks:
         text.append("No task differs from it beyond sampling error.")
-    text.append(_losses(corpora) if config.loss else "Losses were not measured, so learning and damage look alike.")
-    text.append("These are raw figures: how far a harmless fine-tune of this size would move each text is not yet in them.")
+    text.append(
+        _losses(corpora) if config.loss else "Losses were not measured, so learning and damage look alike."
+    )
+    text.append(
+        "These are raw figures: how far a harmless fine-tune of this size would move each text is not in them."
+    )
     return " ".join(text)
 
 
@@ -77,7 +80,9 @@ def _losses(corpora: Sequence[CorpusFinding]) -> str:
         if hi < 0 or lo > 0:
             groups["fell" if hi < 0 else "rose"].append(f"{corpus.name} ({corpus.delta_loss:+.3f})")
     parts = [f"{word} on {_join(names)}" for word, names in groups.items() if names]
-    return f"Loss {' and '.join(parts)} nats per token." if parts else "No loss changed beyond sampling error."
+    return (
+        f"Loss {' and '.join(parts)} nats per token." if parts else "No loss changed beyond sampling error."
+    )
 
 
 def _join(parts: Sequence[str]) -> str:

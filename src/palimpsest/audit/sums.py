@@ -84,8 +84,15 @@ class CorpusSums:
 
     def arrays(self) -> dict[str, NDArray]:
         """All of it under flat names, for a safetensors file."""
-        groups = {"column": self.columns, "moment": self.moments, "latent": self.latents, "event": self.events}
-        flat = {f"{group}.{name}": array for group, arrays in groups.items() for name, array in arrays.items()}
+        groups = {
+            "column": self.columns,
+            "moment": self.moments,
+            "latent": self.latents,
+            "event": self.events,
+        }
+        flat = {
+            f"{group}.{name}": array for group, arrays in groups.items() for name, array in arrays.items()
+        }
         return flat | {"documents": self.documents, "overlap": self.overlap, "counts": self.counts}
 
     @classmethod
@@ -117,7 +124,9 @@ class Accumulator:
         self._curves: list[Tensor] = []
         self._moments: dict[str, Tensor] = {}
         keep = measure.latents
-        self._latents = LatentSums(measure.dictionary.n_latents, measure.pooled, measure.seed) if keep else None
+        self._latents = (
+            LatentSums(measure.dictionary.n_latents, measure.pooled, measure.seed) if keep else None
+        )
         self._events = EventBuffer(measure.dictionary.n_latents) if keep else None
 
     @torch.inference_mode()
@@ -129,16 +138,17 @@ class Accumulator:
         sides = [acts[:, model] for model in range(2)]
         codes = [dictionary.encode(side) for side in sides]
         lists = [code.top(measure.k_max) for code in codes]
-        matches = match(*lists)
+        base, tuned = lists
+        matches = match(base, tuned)
         counts = overlap_counts(matches)
-        changed = churn(matches, *lists, measure.k)
+        changed = churn(matches, base, tuned, measure.k)
         documents, place = torch.unique(batch.document.to(acts.device), return_inverse=True)
         columns = self._columns(batch, sides, codes)
         listed = matches.longer > 0
         columns["listed"] = listed
-        columns["short"] = listed & (torch.minimum(lists[0].length, lists[1].length) < measure.k)
+        columns["short"] = listed & (torch.minimum(base.length, tuned.length) < measure.k)
         columns["length_gap"] = changed.length_gap / (2 * changed.k_t)
-        columns["value_change"] = value_change(matches, *lists, measure.k)
+        columns["value_change"] = value_change(matches, base, tuned, measure.k)
         columns["valued"] = columns["value_change"].isfinite()
         curve = overlap_curve(counts, matches.longer)
         self._fold(documents, place, columns, torch.cat([curve.nan_to_num(0.0), counts], 1))
@@ -178,7 +188,9 @@ class Accumulator:
             ("squares_base", base.square().sum()),
             ("squares_tuned", tuned.square().sum()),
         ):
-            self._moments[name] = self._moments.get(name, torch.zeros((), device=base.device)) + moment.double()
+            self._moments[name] = (
+                self._moments.get(name, torch.zeros((), device=base.device)) + moment.double()
+            )
         columns = {
             "tokens": torch.ones(len(base), device=base.device),
             "drift": delta.norm(dim=1) / base.norm(dim=1).clamp_min(1e-12),

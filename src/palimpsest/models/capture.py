@@ -1,7 +1,7 @@
 """Reading and editing sites: two context managers that always take their hooks away again."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from interp_engine.hooks import HookManager
 from jaxtyping import Float
@@ -52,10 +52,8 @@ def capture(
             hooks.read(module, reader(site), point=side)
         if head:
             hooks.read(sites.head.module, reader(HEAD_INPUT), point="input")
-        try:
+        with suppress(_DeepestSiteReached):
             yield found
-        except _DeepestSiteReached:
-            pass
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import nn
 
 from palimpsest.errors import PairError, PalimpsestError
 from palimpsest.log import log
-from palimpsest.models.pair import LanguageModel, ModelPair, Side
+from palimpsest.models.pair import SIDES, LanguageModel, ModelPair, Side
 from palimpsest.models.sites import SiteMap
 from palimpsest.models.tokenizers import load_tokenizer, shared_tokenizer
 from palimpsest.models.verify import verify_sites
@@ -22,7 +22,11 @@ Location = str | Path
 
 
 def load_model(
-    model: Location, options: ModelOptions | None = None, *, revision: str | None = None, tokenizer: Any = None
+    model: Location,
+    options: ModelOptions | None = None,
+    *,
+    revision: str | None = None,
+    tokenizer: Any = None,
 ) -> LanguageModel:
     """Load one language model for reading, and verify its site map on a few tokens.
 
@@ -74,7 +78,8 @@ def load_pair(base: Location, tuned: Location, options: ModelOptions | None = No
     }
     pair = ModelPair(loaders, tokenizer, kind="full", one_at_a_time=options.one_at_a_time)
     if not pair.one_at_a_time:
-        pair.side("base"), pair.side("tuned")
+        for side in SIDES:
+            pair.side(side)
     return pair
 
 
@@ -111,7 +116,7 @@ def _load_weights(model: Location, revision: str | None, options: ModelOptions) 
             found=" ".join(str(error).split())[:600],
         ) from error
     if options.device_map is None and getattr(hf_model, "hf_device_map", None) is None:
-        hf_model = hf_model.to(device)
+        hf_model = nn.Module.to(hf_model, device)
     return hf_model.eval()
 
 
@@ -147,7 +152,9 @@ def _adapter_config(tuned: Location, options: ModelOptions) -> dict[str, Any] | 
     """The adapter's configuration when `tuned` is a PEFT adapter, else None."""
     folder = Path(tuned)
     if folder.is_dir():
-        path: str | None = str(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+        path: str | None = (
+            str(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+        )
     elif folder.exists():
         raise PairError(f"{tuned} is a file", expected="the folder of a model or an adapter, or a hub id")
     else:
@@ -180,7 +187,8 @@ def _adapter_pair(
     for model in sides.values():
         verify_sites(model)
     pair = ModelPair({side: lambda m=model: m for side, model in sides.items()}, tokenizer, kind="adapter")
-    pair.side("base"), pair.side("tuned")
+    for side in SIDES:
+        pair.side(side)
     return pair
 
 
@@ -218,7 +226,13 @@ def _check_adapter(base: Location, tuned: Location, config: dict[str, Any]) -> N
             found=f'bias "{config["bias"]}"',
             fix="Merge the adapter and audit the merged checkpoint",
         )
-    if config.get("peft_type") in {"PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT"}:
+    if config.get("peft_type") in {
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "CPT",
+    }:
         raise PairError(
             f"The adapter {tuned} adds virtual tokens, so the two models do not read the same positions",
             expected="an adapter that changes weights or activations, such as LoRA",

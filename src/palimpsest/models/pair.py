@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from palimpsest.errors import PairError
 from palimpsest.models.capture import HEAD_INPUT, capture
@@ -38,7 +38,7 @@ class LanguageModel:
     """
 
     name: str
-    model: nn.Module
+    model: Any
     sites: SiteMap
     tokenizer: Any
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -48,12 +48,17 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where input ids must be."""
-        return self.model.get_input_embeddings().weight.device  # pyright: ignore[reportCallIssue]
+        return self.model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return next(self.model.parameters()).dtype
+
+    @property
+    def text_config(self) -> Any:
+        """The configuration of the language model proper."""
+        return self.model.config.get_text_config()
 
     @torch.inference_mode()
     def read(

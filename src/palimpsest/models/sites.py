@@ -121,5 +121,7 @@ class SiteMap:
                 raise ValueError(f"layers run from 0 to {self.n_layers - 1}")
             module, side = self._engine.resolve_point(address.name, address.layer, stream=address.stream)
         except (*REFUSAL_ERRORS, AttributeError) as error:
-            raise SiteError(f"{self.name} has no site '{site}'", expected=EXAMPLES, found=str(error)) from error
+            raise SiteError(
+                f"{self.name} has no site '{site}'", expected=EXAMPLES, found=str(error)
+            ) from error
         return Tap(module, side)

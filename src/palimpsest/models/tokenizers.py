@@ -59,7 +59,10 @@ def shared_tokenizer(base: Any, tuned: Any | None, base_name: str, tuned_name: s
             )
     split, split_other = (t(PROBE, add_special_tokens=False)["input_ids"] for t in (base, tuned))
     if split != split_other:
-        at = next((i for i, (a, b) in enumerate(zip(split, split_other, strict=False)) if a != b), min(len(split), len(split_other)))
+        at = next(
+            (i for i, (a, b) in enumerate(zip(split, split_other, strict=False)) if a != b),
+            min(len(split), len(split_other)),
+        )
         raise PairError(
             f"The tokenizers of {base_name} and {tuned_name} split the same text differently at token {at}",
             expected=f"ids {split[at : at + 3]}",

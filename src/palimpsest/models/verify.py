@@ -18,7 +18,7 @@ def verify_sites(model: LanguageModel) -> None:
         NumericsError: When the model's logits are not finite.
     """
     sites = model.sites
-    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % max(model.model.config.get_text_config().vocab_size, 1)
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] % max(model.text_config.vocab_size, 1)
     chain = _residual_chain(model)
     last = f"resid_post.{sites.n_layers - 1}"
     with model.active():

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def weight_deltas(pair: ModelPair) -> list[LayerDelta]:
 def _adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], None]) -> None:
     """Base weights of an adapted model, with the change of every module that can state its delta."""
     parameters = dict(tuned.model.named_parameters())
-    modules = dict(tuned.model.named_modules())
+    modules: dict[str, Any] = dict(tuned.model.named_modules())
     for name, weight in parameters.items():
         if _is_adapter(name, tuned.adapter_prefix):
             continue

@@ -1,0 +1,5 @@
+"""`python -m palimpsest`."""
+
+from palimpsest.cli import entry
+
+entry()

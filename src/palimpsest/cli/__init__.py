@@ -1,0 +1,56 @@
+"""The command line: a table of verbs, each in its own module that is imported only when it is called."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "demo": "train a tiny pair with planted changes, audit it, write the report (no downloads)",
+    "audit": "measure which domains a fine-tune changed, how much, and in which latents",
+    "harvest": "write a model's activations, or a pair's side by side, to a store",
+    "train": "train a dictionary: train sae",
+    "report": "write the report of a finished run again",
+    "info": "explain any artifact: a run, a store, a dictionary",
+}
+"""Every verb with its one line of help; the module of a verb has its name."""
+
+USAGE = """Palimpsest tells what a fine-tune wrote over its base model.
+
+Usage: palimpsest VERB [OPTIONS]      palimpsest VERB --help
+
+{verbs}
+
+Every verb takes --config FILE (TOML, YAML or JSON; flags win), --json, --quiet and --verbose.
+Exit codes: 0 done, 2 bad input or usage, 130 interrupted (run again with --resume).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in {"-h", "--help", "help"}:
+        width = max(map(len, VERBS))
+        verbs = "\n".join(f"  {name:<{width}}  {line}" for name, line in VERBS.items())
+        sys.stdout.write(USAGE.format(verbs=verbs))
+        return 0 if arguments else 2
+    if arguments[0] in {"-V", "--version"}:
+        from importlib.metadata import version
+
+        sys.stdout.write(f"palimpsest {version('palimpsest-lm')}\n")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(verb, VERBS, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        sys.stderr.write(f"palimpsest: there is no verb '{verb}'.{hint} Verbs: {', '.join(VERBS)}.\n")
+        return 2
+    from palimpsest.cli.command import run_verb
+
+    return run_verb(verb, import_module(f"palimpsest.cli.{verb}").app, rest)
+
+
+def entry() -> None:
+    """Console-script entry point."""
+    raise SystemExit(main())
