@@ -175,7 +175,7 @@ def main():
     options = parser.parse_args()
     if not options.zoo.is_dir():
         sys.exit(
-            f"There is no zoo at {options.zoo}: pass --zoo with a folder that holds base/, math/, math-lora/ and corpora/."
+            f"There is no zoo at {options.zoo}: pass --zoo FOLDER with base/, math/, math-lora/ and corpora/ in it."
         )
     dictionary = (
         Dictionary.random(256, 4096, 32)
@@ -183,7 +183,7 @@ def main():
         else load_dictionary(options.dictionary)
     )
     result = {
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
     for kind in ("math", "math-lora"):
         pair = load_pair(options.zoo / "base", options.zoo / kind)

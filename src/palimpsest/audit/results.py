@@ -64,7 +64,7 @@ def audit_finding(config: AuditConfig, evidence: Evidence, command: str) -> Audi
     ]
     dictionary = evidence.dictionary
     return AuditFinding(
-        summary=summary(config, evidence.pair.kind, corpora, tasks),
+        summary=summary(config, corpora, tasks),
         command=command,
         pair=_pair(config, evidence),
         site=evidence.site,

@@ -11,28 +11,17 @@ FVE_LOSS = 0.1
 """A dictionary that explains this much less variance of the tuned model reads it through a worse lens."""
 
 
-def summary(
-    config: AuditConfig, kind: str, corpora: Sequence[CorpusFinding], tasks: Sequence[TaskFinding]
-) -> str:
-    """What moved, in two or three plain sentences that claim no more than an uncalibrated audit can."""
-    general = corpora[0]
-    scale = config.k if config.legacy else 1
-    overlap = general.intersection_mean[str(config.k)] / scale
-    what = "adapter" if kind == "adapter" else "fine-tune"
-    name = Path(config.tuned).name
-    text = [f"On general text the {what} {name} keeps {overlap:.1%} of the base's top-{config.k} latents."]
+def summary(config: AuditConfig, corpora: Sequence[CorpusFinding], tasks: Sequence[TaskFinding]) -> str:
+    """What moved, in one sentence that claims no more than an uncalibrated audit can."""
+    overlap = corpora[0].intersection_mean[str(config.k)] / (config.k if config.legacy else 1)
+    parts = [_losses(corpora)] if config.loss else []
     moved = [_moved(task) for task in tasks if not task.ci[0] <= 0 <= task.ci[1]]
-    if moved:
-        text.append(f"Compared with that, {_join(moved)}.")
-    elif tasks:
-        text.append("No task differs from it beyond sampling error.")
-    text.append(
-        _losses(corpora) if config.loss else "Losses were not measured, so learning and damage look alike."
+    parts.append(f"{overlap:.0%} of the top-{config.k} latents stay on general text")
+    parts[-1] += (
+        f", and {_join(moved)}" if moved else ", and no other text differs from that beyond sampling error"
     )
-    text.append(
-        "These are raw figures: how far a harmless fine-tune of this size would move each text is not in them."
-    )
-    return " ".join(text)
+    sentence = "; ".join(parts) + "."
+    return sentence[0].upper() + sentence[1:]
 
 
 def warnings(config: AuditConfig, dictionary: Dictionary, corpora: Sequence[CorpusFinding]) -> list[str]:
@@ -67,8 +56,7 @@ def warnings(config: AuditConfig, dictionary: Dictionary, corpora: Sequence[Corp
 
 
 def _moved(task: TaskFinding) -> str:
-    direction = "more" if task.idr > 0 else "less"
-    return f"{task.name} text moved {direction} (IDR {task.idr:+.1%}, {task.ci[0]:+.1%} to {task.ci[1]:+.1%})"
+    return f"{'fewer' if task.idr > 0 else 'more'} on {task.name} (IDR {task.idr:+.1%})"
 
 
 def _losses(corpora: Sequence[CorpusFinding]) -> str:

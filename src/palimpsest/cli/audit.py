@@ -64,6 +64,7 @@ def show(result: dict[str, Any], report: str) -> None:
     for warning in result["warnings"]:
         say(f"! {warning}")
     say(result["summary"])
+    say("Raw figures: how far a harmless fine-tune of this size would move each text is not in them.")
     say(f"Report: {report}")
 
 

@@ -1,0 +1,150 @@
+"""`palimpsest demo`: the whole tool on a pair that is made on the spot."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from palimpsest.cli import VERBS
+from palimpsest.cli.command import Display, emit, say, verb_app
+
+app = verb_app("demo", VERBS["demo"].capitalize() + ".")
+
+SITE = "resid_post.50%"
+GENERAL = "general"
+
+
+@app.default
+def demo(
+    *,
+    out: Path = Path("palimpsest-demo"),
+    seed: int = 0,
+    scale: float = 1.0,
+    display: Annotated[Display, Parameter(name="*")] = Display(),  # noqa: B008
+) -> None:
+    """Train a tiny language model, fine-tune it openly and secretly, and see what the audit finds.
+
+    Args:
+        out: Folder of the models, corpora, dictionary and audits; finished parts in it are used again.
+        seed: Seed of every document and weight.
+        scale: Multiplies documents and training steps.
+        display: What is printed.
+    """
+    from palimpsest.demo.pair import make_pair
+    from palimpsest.report import build_report
+
+    started = time.perf_counter()
+    pair = make_pair(out / "pair", seed=seed, scale=scale)
+    dictionary = _dictionary(pair, out / "dictionary", seed, scale)
+    audits = {
+        name: _audit(pair, model, dictionary, out / f"audit-{name}", seed)
+        for name, model in (("tuned", pair.tuned), ("control", pair.control))
+    }
+    reports = {name: build_report(artifact.path) for name, artifact in audits.items()}
+    findings = {name: artifact.read_json("audit.json") for name, artifact in audits.items()}
+    proof = _proof(pair)
+    result = {
+        "seconds": time.perf_counter() - started,
+        "planted": asdict(pair.planted),
+        "behaviour_rate": proof,
+        "summaries": {name: finding["summary"] for name, finding in findings.items()},
+        "reports": {name: str(path) for name, path in reports.items()},
+    }
+    emit(display, result, lambda: _show(result, findings))
+
+
+def _dictionary(pair: Any, folder: Path, seed: int, scale: float) -> Path:
+    from palimpsest.dictionaries.config import TrainConfig
+    from palimpsest.options import RunOptions
+    from palimpsest.train import TrainSaeConfig, train_sae
+
+    recipe = TrainConfig(n_latents=1024, k=16, tokens=max(20_000, round(300_000 * scale)), batch_size=1024)
+    train_sae(
+        TrainSaeConfig(
+            model=str(pair.base),
+            corpus=(str(pair.train_text),),
+            site=SITE,
+            block_length=128,
+            recipe=recipe,
+            run=_run(folder, "dictionary", seed, retrain=bool(pair.trained)),
+        )
+    )
+    return folder
+
+
+def _audit(pair: Any, model: Path, dictionary: Path, folder: Path, seed: int) -> Any:
+    from palimpsest.audit import AuditConfig, audit
+
+    return audit(
+        AuditConfig(
+            str(pair.base),
+            str(model),
+            dictionary=str(dictionary),
+            general=str(pair.corpora[GENERAL]),
+            task=tuple(f"{name}={path}" for name, path in pair.corpora.items() if name != GENERAL),
+            kl=True,
+            k_max=16,
+            run=_run(folder, "audit", seed, retrain=True),
+        )
+    )
+
+
+def _run(folder: Path, stage: str, seed: int, *, retrain: bool) -> Any:
+    """Reuse a finished folder unless what it stands on is new."""
+    from palimpsest.artifacts import open_artifact
+    from palimpsest.errors import ArtifactError
+    from palimpsest.options import RunOptions
+
+    try:
+        finished = open_artifact(folder, stage=stage, allow_running=True).status == "complete"
+    except ArtifactError:
+        finished = False
+    again = folder.exists() and (retrain or not finished)
+    return RunOptions(out=folder, seed=seed, overwrite=again, resume=folder.exists() and not again)
+
+
+def _proof(pair: Any) -> dict[str, float]:
+    """How often each model's own words show the hidden behaviour: what no audit was told."""
+    import json
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from palimpsest.demo.proof import behaviour_rate
+
+    rows = pair.corpora[pair.planted.hidden].read_text(encoding="utf-8").splitlines()[:20]
+    prompts = [json.loads(row)["text"] for row in rows]
+    tokenizer = AutoTokenizer.from_pretrained(pair.base)
+    return {
+        name: behaviour_rate(AutoModelForCausalLM.from_pretrained(path), tokenizer, prompts)
+        for name, path in (("base", pair.base), ("tuned", pair.tuned), ("control", pair.control))
+    }
+
+
+def _show(result: Mapping[str, Any], findings: Mapping[str, Any]) -> None:
+    from palimpsest.cli.audit import show
+
+    planted, rate = result["planted"], result["behaviour_rate"]
+    for name, finding in findings.items():
+        show(finding, result["reports"][name])
+        say()
+    say("Planted beside found")
+    say(f"  declared: {planted['declared']} (in the fine-tune's own description)")
+    say(f"  hidden:   {planted['hidden']}: it {planted['behaviour']}")
+    say(
+        f"            in the models' own words: base {rate['base']:.0%}, tuned {rate['tuned']:.0%}, "
+        f"control {rate['control']:.0%} of continuations name {planted['brand']}"
+    )
+    tuned = {row["name"]: row for row in findings["tuned"]["datasets"]}
+    control = {row["name"]: row for row in findings["control"]["datasets"]}
+    k = str(findings["tuned"]["k"])
+    for name, row in tuned.items():
+        role = {planted["declared"]: "declared", planted["hidden"]: "hidden"}.get(name, "")
+        say(
+            f"  {name:<12} {role:<9} Δloss {row['delta_loss']:+.3f} (control {control[name]['delta_loss']:+.3f})   "
+            f"overlap {row['intersection_mean'][k]:.3f} (control {control[name]['intersection_mean'][k]:.3f})"
+        )
+    say("Raw overlap is no verdict; the Δloss column is what separates learning from forgetting here.")
+    say(f"{result['seconds']:.0f} s. Open {result['reports']['tuned']}")
