@@ -24,7 +24,7 @@ class PalimpsestError(Exception):
         if expected is not None:
             parts.append(f"Expected: {expected}.")
         if found is not None:
-            parts.append(f"Found: {found}.")
+            parts.append(f"Found: {str(found).rstrip('.')}.")
         if fix is not None:
             parts.append(fix.rstrip(".") + ".")
         super().__init__(" ".join(parts))

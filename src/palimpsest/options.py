@@ -5,6 +5,7 @@ Every field's docstring is its help text on the command line; this module never 
 
 import dataclasses
 import json
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -26,11 +27,37 @@ FLAT = Parameter(name="*")
 
 
 def _count(_: object, tokens: Any) -> int:
-    return parse_count(tokens[0].value)
+    return parse_count(tokens[0].value, tokens[0].keyword.strip("[]"))
+
+
+def _number(_: object, tokens: Any) -> int | float:
+    text = tokens[0].value
+    value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if not math.isfinite(value):
+        raise ValueError("it is not finite")
+    return value
+
+
+def _mapping(_: object, tokens: Any) -> Any:
+    """`--x '{"a": 1}'`, or `--x.a 1`, whose tokens come as a mapping; values are JSON where they can be."""
+    if isinstance(tokens, Mapping):
+        return {key: _mapping(_, inner) for key, inner in tokens.items()}
+    text, inside = tokens[0].value, bool(tokens[0].keys)
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    if not inside and not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
 
 
 Count = Annotated[int, Parameter(converter=_count)]
 """A whole number that a user may write as 20k or 2M."""
+
+# cyclopts tries the members of a union in turn, and its `int` rounds 0.5 to 0.
+Number = Annotated[int | float, Parameter(converter=_number)]
+"""A number that keeps its decimals."""
 
 
 @Parameter(group="Models")
@@ -53,8 +80,10 @@ class ModelOptions:
     tuned_revision: str | None = None
     """Revision of the tuned model; with the same model id on both sides this compares two revisions."""
 
-    load_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further `from_pretrained` arguments for both models, e.g. `quantization_config` or `attn_implementation`."""
+    load_kwargs: Annotated[dict[str, Any], Parameter(converter=_mapping, n_tokens=1)] = field(
+        default_factory=dict
+    )
+    """Further `from_pretrained` arguments, as JSON or one by one: `--load-kwargs.attn_implementation eager`."""
 
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships. Off, because it executes whatever the author wrote."""
@@ -71,7 +100,7 @@ class ModelOptions:
 class CorpusOptions:
     """Which text is read and which of its tokens are measured."""
 
-    max_length: int = 512
+    max_length: Count = 512
     """Tokens of a document that are read; the rest is cut off."""
 
     max_documents: Annotated[int | None, Parameter(converter=_count)] = None
@@ -83,7 +112,7 @@ class CorpusOptions:
     messages_field: str = "messages"
     """Field of a row that holds a conversation; rendered with the model's chat template."""
 
-    answer_chars: int | None = None
+    answer_chars: Annotated[int | None, Parameter(converter=_count)] = None
     """Keep only the first N characters of each assistant message (the original method used 100)."""
 
     roles: tuple[str, ...] | None = None
@@ -92,7 +121,7 @@ class CorpusOptions:
     skip_bad_rows: bool = False
     """Count rows that cannot be read instead of stopping at the first."""
 
-    prepend_bos: bool | None = None
+    prepend_bos: Annotated[bool | None, Parameter(negative="--no-prepend-bos")] = None
     """Begin each document with the tokenizer's BOS; by default when the tokenizer has one."""
 
     split: str = "train"
@@ -119,9 +148,16 @@ class RunOptions:
     seed: int = 0
     """Seed of every random choice."""
 
+    def __post_init__(self) -> None:
+        """Refuse a seed that no generator takes."""
+        if self.seed < 0:
+            raise ConfigError(
+                "The seed is negative", expected="0 or a positive whole number", found=self.seed
+            )
 
-def parse_count(text: str | int) -> int:
-    """A count with an optional suffix: `512`, `20k`, `2M`, `1.5B`.
+
+def parse_count(text: str | int, option: str | None = None) -> int:
+    """A count with an optional suffix: `512`, `20k`, `2M`, `1.5B`; errors name the `option` it was given for.
 
     Raises:
         ConfigError: When it is no positive count.
@@ -131,7 +167,8 @@ def parse_count(text: str | int) -> int:
     value = float(match[1].replace("_", "")) * scale[match[2].lower()] if match else 0.0
     if value < 1 or value != int(value):
         raise ConfigError(
-            f"'{text}' is no count", expected="a positive whole number, k, M and B allowed, as in 2M"
+            f"'{text}' is no count" + (f" for {option}" if option else ""),
+            expected="a positive whole number, k, M and B allowed, as in 2M",
         )
     return int(value)
 
@@ -180,6 +217,26 @@ def load_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds no options", expected="a mapping", found=type(loaded).__name__)
     return {str(key).replace("-", "_"): value for key, value in loaded.items()}
+
+
+def as_flags(config: Any, *, positional: tuple[str, ...] = ()) -> list[str]:
+    """The command-line arguments that say the same as a config, defaults left out."""
+    arguments = [str(getattr(config, name)) for name in positional]
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        flag = f"--{f.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            arguments += as_flags(value)
+        elif f.name in positional or f.name in ("resume", "overwrite") or value == default:
+            continue
+        elif isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{f.name.replace('_', '-')}")
+        elif isinstance(value, dict):
+            arguments += [flag, json.dumps(value)]
+        else:
+            arguments += [flag, *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return arguments
 
 
 def config_dict(config: object, *, drop: tuple[str, ...] = RUN_ONLY) -> dict[str, Any]:

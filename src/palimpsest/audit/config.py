@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
-from palimpsest.options import FLAT, CorpusOptions, ModelOptions, RunOptions, parse_assignment
+from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions, parse_assignment
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,10 @@ class AuditConfig:
     force_site: bool = False
     """Read the dictionary at another site than it was trained on."""
 
-    k: int = 5
+    k: Count = 5
     """Length of the primary top-k lists; fix it before you look."""
 
-    k_max: int = 32
+    k_max: Count = 32
     """Overlap is measured for every k up to this one."""
 
     loss: Annotated[bool, Parameter(negative="--no-loss")] = True
@@ -62,10 +62,10 @@ class AuditConfig:
     confidence: float = 0.95
     """Coverage of the intervals."""
 
-    resamples: int = 2000
+    resamples: Count = 2000
     """Bootstrap and permutation resamples of documents."""
 
-    top_latents: int = 200
+    top_latents: Count = 200
     """Latents per corpus that are selected on one half of the documents and tested on the other."""
 
     models: Annotated[ModelOptions, FLAT] = field(default_factory=ModelOptions)

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from palimpsest.audit.sums import CorpusSums
 from palimpsest.stats import (
+    Resampler,
     exchange_p,
     minimum_detectable,
     percentile_interval,
-    resample_weights,
     weighted_mean,
 )
 
@@ -49,9 +49,12 @@ class CorpusEstimates:
 
     def __init__(self, sums: CorpusSums, settings: Settings, stream: int) -> None:
         self.sums, self.settings = sums, settings
-        rng = np.random.default_rng([settings.seed, stream])
-        self._weights = resample_weights(len(sums.documents), settings.resamples, rng)
+        self._draws = Resampler(len(sums.documents), settings.resamples, [settings.seed, stream])
         self.curve = self._curve()
+
+    def interval(self, samples: NDArray) -> tuple[NDArray | np.floating, NDArray | np.floating]:
+        """Interval of resampled figures of this corpus."""
+        return percentile_interval(samples, self.settings.confidence, len(self.sums.documents))
 
     def total(self, column: str) -> float:
         """Sum of a column over all documents."""
@@ -67,7 +70,7 @@ class CorpusEstimates:
             values = np.where(columns[per] > 0, numerator / columns[per], np.nan)
         if not np.isfinite(values).any():
             return float("nan"), (float("nan"), float("nan"))
-        return float(np.nanmean(values)), self._interval(weighted_mean(self._weights, values))
+        return float(np.nanmean(values)), self._interval(self._means(values))
 
     def r2_delta(self) -> tuple[float, tuple[float, float]]:
         """1 - E‖Δh - Δĥ‖² / E‖Δh‖² over tokens, with its interval over documents."""
@@ -85,24 +88,27 @@ class CorpusEstimates:
         sums, columns = self.sums, self.sums.columns
         if self.settings.pooled:
             tokens = columns["tokens"]
-            samples = (self._weights @ sums.counts) / (self._weights @ tokens)[:, None]
+            samples = self._draws.apply(lambda w: (w @ sums.counts) / (w @ tokens)[:, None])
             return Curve(sums.counts.sum(0) / tokens.sum(), samples, sums.counts / tokens[:, None])
         with np.errstate(invalid="ignore", divide="ignore"):
             documents = sums.overlap / np.where(columns["listed"] > 0, columns["listed"], np.nan)[:, None]
         mean = (
             np.nanmean(documents, 0) if np.isfinite(documents).any() else np.full(documents.shape[1], np.nan)
         )
-        return Curve(mean, weighted_mean(self._weights, documents), documents)
+        return Curve(mean, self._means(documents), documents)
 
     def _ratio(self, numerator: NDArray, denominator: NDArray) -> tuple[float, tuple[float, float]]:
         with np.errstate(invalid="ignore", divide="ignore"):
-            samples = (self._weights @ numerator) / (self._weights @ denominator)
+            samples = self._draws.apply(lambda w: (w @ numerator) / (w @ denominator))
             value = float(numerator.sum() / denominator.sum())
         return value, self._interval(samples)
 
     def _interval(self, samples: NDArray) -> tuple[float, float]:
-        lo, hi = percentile_interval(samples, self.settings.confidence)
+        lo, hi = self.interval(samples)
         return float(lo), float(hi)
+
+    def _means(self, values: NDArray) -> NDArray:
+        return self._draws.apply(lambda w: weighted_mean(w, values))
 
 
 class Comparison(NamedTuple):
@@ -126,12 +132,15 @@ def compare(task: CorpusEstimates, general: CorpusEstimates) -> Comparison:
         with np.errstate(invalid="ignore", divide="ignore"):
             lost, lost_general = scale - mine, scale - other
             churn = np.where(lost_general > 0, lost / lost_general, np.nan)
-            return 1 - mine / other, (other - mine) / scale, churn
+            idr = 1 - np.where(other > 0, mine / other, np.nan)
+            return idr, (other - mine) / scale, churn
 
     estimates = figures(task.curve.mean, general.curve.mean)
     samples = figures(task.curve.samples, general.curve.samples)
-    intervals = [np.stack(percentile_interval(sample, task.settings.confidence)) for sample in samples]
-    error = np.nanstd(samples[0], axis=0, ddof=1)
+    fewer = min(task, general, key=lambda one: len(one.sums.documents))
+    intervals = [np.stack(fewer.interval(sample)) for sample in samples]
+    with np.errstate(invalid="ignore"):
+        error = samples[0].std(axis=0, ddof=1)
     return Comparison(
         estimates[0],
         intervals[0],
@@ -155,7 +164,7 @@ def curve_rows(
     name: str, role: str, estimates: CorpusEstimates, against: Comparison | None
 ) -> list[dict[str, Any]]:
     """Rows of `curve.parquet` for one corpus."""
-    lo, hi = percentile_interval(estimates.curve.samples, estimates.settings.confidence)
+    lo, hi = estimates.interval(estimates.curve.samples)
     rows = []
     for i, mean in enumerate(estimates.curve.mean):
         row = {"dataset": name, "role": role, "k": i + 1, "intersection_mean": mean, "lo": lo[i], "hi": hi[i]}

@@ -131,7 +131,7 @@ class LatentSums:
                 means.append(table)
             change = means[1] - means[0]
             for part in range(2):
-                mine = change[half[start:stop] == part]
+                mine = change[half[start:stop] == part].double()
                 self._change[part, 0] += mine.sum(0)
                 self._change[part, 1] += mine.square().sum(0)
 

@@ -51,7 +51,8 @@ def latent_rows(
 ) -> pa.Table:
     """Every latent that was active or changed, strongest contribution first, and the list-length row.
 
-    `contribution` summed over all rows is 1 - intersection mean at the primary k. The `top` latents with the
+    `contribution` summed over all rows is 1 - intersection mean at the primary k (pooled: 1 - the mean of o_k over
+    tokens with a list, which is 1 - IM / k where all lists are full). The `top` latents with the
     largest contribution on one half of the documents are `selected`; their change in mean activation, its
     interval, p (t over documents) and q (Benjamini-Hochberg over the selected) come from the other half.
     """

@@ -2,18 +2,18 @@
 
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.numpy import load_file, save_file
 
-from palimpsest.artifacts import RunFolder
+from palimpsest.artifacts import RunFolder, disk
 from palimpsest.audit.sums import Accumulator, CorpusSums, Measure
 from palimpsest.corpus import Corpus
 from palimpsest.errors import CorpusError
 from palimpsest.harvest import Harvester
 from palimpsest.log import progress
+from palimpsest.models import LanguageModel
 
 
 class Size(NamedTuple):
@@ -24,14 +24,16 @@ class Size(NamedTuple):
     bad_rows: int
 
 
-def survey(corpus: Corpus, tokens_per_batch: int, minimum: int) -> Size:
-    """Read a corpus once without a model, so that bad input is found before anything is computed.
+def survey(corpus: Corpus, model: LanguageModel, tokens_per_batch: int, minimum: int) -> Size:
+    """Read a corpus once without running the model, so that bad input is found before anything is computed.
 
     Raises:
         CorpusError: A row cannot be read, or fewer than `minimum` documents have tokens to measure.
+        ConfigError: A document is longer than the model's context.
     """
     documents = tokens = 0
     for batch in corpus.batches(tokens_per_batch):
+        model.require_context(batch.input_ids.shape[1])
         documents += int(batch.keep.any(1).sum())
         tokens += int(batch.keep.sum())
     if documents < minimum:
@@ -92,11 +94,6 @@ def _measure(
 
 
 def _save(sums: CorpusSums, path: Path) -> None:
-    """Write scratch under a temporary name first: a killed run leaves either the whole file or none."""
-    temporary = path.with_suffix(".tmp")
-    try:
+    """A killed run leaves either the whole file or none."""
+    with disk.replacing(path) as temporary:
         save_file({key: array.copy() for key, array in sums.arrays().items()}, temporary)
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()

@@ -66,7 +66,8 @@ def overlap_curve(
 ) -> Float[Tensor, "tokens k"]:
     """o_k for every k; NaN where neither list has an entry."""
     ks = torch.arange(1, counts.shape[1] + 1, device=counts.device)
-    curve = counts / torch.minimum(ks, longer[:, None].clamp_min(1))
+    # In double precision, so that the decomposition into latents sums to it exactly.
+    curve = counts.double() / torch.minimum(ks, longer[:, None].clamp_min(1))
     curve[longer == 0] = torch.nan
     return curve
 

@@ -48,9 +48,10 @@ def estimates_of(config: AuditConfig, evidence: Evidence, measure: str) -> dict[
     }
 
 
-def audit_finding(config: AuditConfig, evidence: Evidence, command: str) -> AuditFinding:
+def audit_finding(
+    config: AuditConfig, evidence: Evidence, estimates: dict[str, CorpusEstimates], command: str
+) -> AuditFinding:
     """Estimate everything and put it into words."""
-    estimates = estimates_of(config, evidence, MAIN)
     corpora = [_corpus_finding(config, evidence, name, one) for name, one in estimates.items()]
     tasks = [
         _task_finding(config, corpus, estimates[corpus.name], estimates[GENERAL])
@@ -95,9 +96,10 @@ def audit_finding(config: AuditConfig, evidence: Evidence, command: str) -> Audi
     )
 
 
-def write_tables(run: RunFolder, config: AuditConfig, evidence: Evidence) -> None:
+def write_tables(
+    run: RunFolder, config: AuditConfig, evidence: Evidence, estimates: dict[str, CorpusEstimates]
+) -> None:
     """Write `curve.parquet` and `latents.parquet`."""
-    estimates = estimates_of(config, evidence, MAIN)
     rows: list[dict[str, Any]] = []
     latents: list[pa.Table] = []
     for name, one in estimates.items():
@@ -117,9 +119,6 @@ def _corpus_finding(
     config: AuditConfig, evidence: Evidence, name: str, one: CorpusEstimates
 ) -> CorpusFinding:
     corpus, size = evidence.corpora[name]
-    lo, hi = np.percentile(
-        one.curve.samples, [50 * (1 - config.confidence), 50 * (1 + config.confidence)], axis=0
-    )
     r2, r2_ci = one.r2_delta()
     value, value_ci = one.mean("value_change", "valued")
     drift, drift_ci = one.mean("drift", "tokens")
@@ -140,8 +139,7 @@ def _corpus_finding(
         skipped_tokens=int(tokens - one.total("listed")),
         short_tokens=int(one.total("short")),
         bad_rows=size.bad_rows,
-        intersection_mean={str(k + 1): float(v) for k, v in enumerate(one.curve.mean)},
-        ci={str(k + 1): (float(a), float(b)) for k, (a, b) in enumerate(zip(lo, hi, strict=True))},
+        **_curve(one),
         list_length_share=_length_share(one),
         value_change=value,
         value_change_ci=value_ci,
@@ -149,11 +147,22 @@ def _corpus_finding(
         l0={side: one.total(f"l0_{side}") / tokens for side in ("base", "tuned")},
         r2_delta=r2,
         r2_delta_ci=r2_ci,
-        blind=not r2_ci[1] > 0,
+        # Two models that agree leave nothing to be blind to.
+        blind=one.total("delta_squares") > 0 and not r2_ci[1] > 0,
         relative_drift=drift,
         relative_drift_ci=drift_ci,
         **optional,
     )
+
+
+def _curve(one: CorpusEstimates) -> dict[str, Any]:
+    """Intersection means and their intervals by k."""
+    lo, hi = one.interval(one.curve.samples)
+    ks = [str(k + 1) for k in range(len(one.curve.mean))]
+    return {
+        "intersection_mean": dict(zip(ks, one.curve.mean.tolist(), strict=True)),
+        "ci": {k: (float(a), float(b)) for k, a, b in zip(ks, lo, hi, strict=True)},
+    }
 
 
 def _length_share(one: CorpusEstimates) -> float:
@@ -200,7 +209,7 @@ def _control_finding(name: str, estimates: dict[str, CorpusEstimates]) -> Contro
     datasets = [
         {
             "name": corpus,
-            "intersection_mean": {str(k + 1): float(v) for k, v in enumerate(one.curve.mean)},
+            **_curve(one),
             "fve": {side: one.fve(side) for side in ("base", "tuned")},
             "r2_delta": one.r2_delta()[0],
         }

@@ -10,7 +10,7 @@ from palimpsest.artifacts import Artifact, RunFolder, input_entry, open_artifact
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.controls import control_dictionaries
 from palimpsest.audit.measure import Size, measure_corpora, survey
-from palimpsest.audit.results import Evidence, audit_finding, write_tables
+from palimpsest.audit.results import MAIN, Evidence, audit_finding, estimates_of, write_tables
 from palimpsest.audit.sums import Measure
 from palimpsest.corpus import Corpus
 from palimpsest.dictionaries import Dictionary, load_dictionary
@@ -18,7 +18,7 @@ from palimpsest.errors import CorpusError, DictionaryError
 from palimpsest.harvest import Harvester, activations
 from palimpsest.log import log
 from palimpsest.models import ModelPair, fingerprint, load_pair, weight_deltas
-from palimpsest.options import config_dict
+from palimpsest.options import as_flags, config_dict
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,16 @@ def audit(config: AuditConfig, *, command: str | None = None) -> Artifact:
             log.warning("%s is complete already; nothing was run.", config.out)
             return open_artifact(config.out, stage="audit")
         evidence = _measure(config, inputs, entries, run)
-        finding = audit_finding(config, evidence, command or default_command(config))
-        write_tables(run, config, evidence)
+        estimates = estimates_of(config, evidence, MAIN)
+        finding = audit_finding(config, evidence, estimates, command or default_command(config))
+        write_tables(run, config, evidence, estimates)
         run.write_json("audit.json", finding.to_dict())
         return run.finish(summary=finding.summary)
 
 
 def default_command(config: AuditConfig) -> str:
     """The command line that gives this audit."""
-    parts = ["palimpsest", "audit", config.base, config.tuned, "--dictionary", config.dictionary]
-    parts += ["--general", config.general, "--task", *config.task, "--out", str(config.run.out)]
-    return shlex.join(parts)
+    return shlex.join(["palimpsest", "audit", *as_flags(config, positional=("base", "tuned"))])
 
 
 def _open(config: AuditConfig) -> _Inputs:
@@ -87,11 +86,14 @@ def _open(config: AuditConfig) -> _Inputs:
     options = config.corpora
     if config.legacy:
         options = replace(options, all_positions=True)
+    if pair.base.context is not None and options.max_length > pair.base.context:
+        log.warning("Documents are cut at the model's context of %d tokens.", pair.base.context)
+        options = replace(options, max_length=pair.base.context)
     minimum = config.minimum_documents
     corpora = []
     for name, source in [("general", config.general), *config.tasks]:
         corpus = Corpus(source, pair.tokenizer, name=name, options=options)
-        corpora.append((corpus, survey(corpus, config.models.tokens_per_batch, minimum)))
+        corpora.append((corpus, survey(corpus, pair.base, config.models.tokens_per_batch, minimum)))
     k_max = min(config.k_max, dictionary.n_latents)
     if config.k > dictionary.n_latents:
         raise DictionaryError(
@@ -113,6 +115,8 @@ def _site(config: AuditConfig, dictionary: Dictionary, pair: ModelPair) -> str:
         )
     own = sites.canonical(dictionary.site) if dictionary.site else None
     asked = sites.canonical(config.site) if config.site else None
+    if asked:
+        sites.tap(asked)
     if own is None and asked is None:
         raise DictionaryError(
             f"{config.dictionary} does not say which site it reads",
@@ -147,11 +151,13 @@ def _input_entries(config: AuditConfig, inputs: _Inputs) -> dict[str, Any]:
     )
     pair = inputs.pair
     entries["base"] = {"path": config.base, "sha256": fingerprint(pair.base)}
-    # One model at a time, the tuned one is not loaded before the base's pass is done.
-    entries["tuned"] = {
-        "path": config.tuned,
-        "sha256": None if pair.one_at_a_time else fingerprint(pair.tuned),
-    }
+    if not pair.one_at_a_time:
+        entries["tuned"] = {"path": config.tuned, "sha256": fingerprint(pair.tuned)}
+    elif Path(config.tuned).is_dir():
+        # The tuned model is not loaded before the base's pass is done; its files say as much.
+        entries["tuned"] = input_entry(config.tuned)
+    else:
+        entries["tuned"] = {"path": config.tuned, "sha256": None}
     return entries
 
 

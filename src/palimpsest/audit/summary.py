@@ -14,13 +14,8 @@ FVE_LOSS = 0.1
 def summary(config: AuditConfig, corpora: Sequence[CorpusFinding], tasks: Sequence[TaskFinding]) -> str:
     """What moved, in one sentence that claims no more than an uncalibrated audit can."""
     overlap = corpora[0].intersection_mean[str(config.k)] / (config.k if config.legacy else 1)
-    parts = [_losses(corpora)] if config.loss else []
-    moved = [_moved(task) for task in tasks if not task.ci[0] <= 0 <= task.ci[1]]
-    parts.append(f"{overlap:.0%} of the top-{config.k} latents stay on general text")
-    parts[-1] += (
-        f", and {_join(moved)}" if moved else ", and no other text differs from that beyond sampling error"
-    )
-    sentence = "; ".join(parts) + "."
+    kept = f"general text keeps {overlap:.0%} of its top-{config.k} latents, {_extremes(tasks)}"
+    sentence = f"{_losses(corpora)}; {kept}." if config.loss else f"{kept}."
     return sentence[0].upper() + sentence[1:]
 
 
@@ -55,8 +50,16 @@ def warnings(config: AuditConfig, dictionary: Dictionary, corpora: Sequence[Corp
     return found
 
 
-def _moved(task: TaskFinding) -> str:
-    return f"{'fewer' if task.idr > 0 else 'more'} on {task.name} (IDR {task.idr:+.1%})"
+def _extremes(tasks: Sequence[TaskFinding]) -> str:
+    """The task that keeps least and the one that keeps most, as far as their intervals exclude 0."""
+    parts = []
+    for word, task in (
+        ("fewest", max(tasks, key=lambda t: t.idr)),
+        ("most", min(tasks, key=lambda t: t.idr)),
+    ):
+        if (task.ci[0] > 0) if word == "fewest" else (task.ci[1] < 0):
+            parts.append(f"{task.name} the {word} (IDR {task.idr:+.1%})")
+    return _join(parts) if parts else "and no task differs from it beyond sampling error"
 
 
 def _losses(corpora: Sequence[CorpusFinding]) -> str:
@@ -66,11 +69,9 @@ def _losses(corpora: Sequence[CorpusFinding]) -> str:
             continue
         lo, hi = corpus.delta_loss_ci
         if hi < 0 or lo > 0:
-            groups["fell" if hi < 0 else "rose"].append(f"{corpus.name} ({corpus.delta_loss:+.3f})")
+            groups["fell" if hi < 0 else "rose"].append(f"{corpus.name} ({corpus.delta_loss:+.2f})")
     parts = [f"{word} on {_join(names)}" for word, names in groups.items() if names]
-    return (
-        f"Loss {' and '.join(parts)} nats per token." if parts else "No loss changed beyond sampling error."
-    )
+    return f"loss {' and '.join(parts)} nats per token" if parts else "no loss changed beyond sampling error"
 
 
 def _join(parts: Sequence[str]) -> str:

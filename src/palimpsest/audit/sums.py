@@ -147,7 +147,7 @@ class Accumulator:
         listed = matches.longer > 0
         columns["listed"] = listed
         columns["short"] = listed & (torch.minimum(base.length, tuned.length) < measure.k)
-        columns["length_gap"] = changed.length_gap / (2 * changed.k_t)
+        columns["length_gap"] = changed.length_gap.double() / (2 * changed.k_t)
         columns["value_change"] = value_change(matches, base, tuned, measure.k)
         columns["valued"] = columns["value_change"].isfinite()
         curve = overlap_curve(counts, matches.longer)

@@ -53,4 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def entry() -> None:
     """Console-script entry point."""
-    raise SystemExit(main())
+    try:
+        code = main()
+    except KeyboardInterrupt:
+        # During the imports of a verb, before anything was begun.
+        code = 130
+    raise SystemExit(code)

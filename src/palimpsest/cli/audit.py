@@ -60,7 +60,8 @@ def show(result: dict[str, Any], report: str) -> None:
             _number(corpus["relative_drift"]),
             _number(corpus["r2_delta"]),
         )
-    Console(width=None if console().is_terminal else 150).print(table)
+    width = None if console().is_terminal else 150
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
     for warning in result["warnings"]:
         say(f"! {warning}")
     say(result["summary"])

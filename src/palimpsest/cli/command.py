@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Dict
 
 from palimpsest import log
 from palimpsest.errors import ConfigError, PalimpsestError
@@ -41,6 +43,7 @@ def verb_app(verb: str, summary: str) -> App:
         version_flags=[],
         default_parameter=Parameter(negative=(), consume_multiple=True),
         result_action="return_value",
+        suppress_keyboard_interrupt=False,
     )
     app["--help"].group = "Display"
     return app
@@ -49,10 +52,16 @@ def verb_app(verb: str, summary: str) -> App:
 def run_verb(verb: str, app: App, arguments: Sequence[str]) -> int:
     """Parse, run, and turn what went wrong into one paragraph and an exit code."""
     try:
-        tokens = _with_config(list(arguments))
-        verbosity = -1 if "--quiet" in tokens else 1 if "--verbose" in tokens else 0
-        log.setup(verbosity)
-        result = app(tokens, exit_on_error=False, print_error=False)
+        options, path = _options(arguments)
+        app.config = (Dict(options, source=path, use_commands_as_keys=False),) if path else ()
+        quiet, verbose = (
+            f"--{flag}" in arguments or options.get(flag) is True for flag in ("quiet", "verbose")
+        )
+        log.setup(-1 if quiet else 1 if verbose else 0)
+        if not arguments and app.default_command is None:
+            names = ", ".join(f"palimpsest {verb} {name}" for name in app if not name.startswith("-"))
+            raise ConfigError(f"'palimpsest {verb}' alone does nothing", expected=names)
+        result = app(arguments, exit_on_error=False, print_error=False)
         return result if isinstance(result, int) else 0
     except PalimpsestError as error:
         return _fail(verb, str(error))
@@ -95,38 +104,27 @@ def _say(text: str) -> None:
 
 
 def _fail(verb: str, text: str) -> int:
-    _say(f"palimpsest {verb}: {text}")
+    paragraph = re.sub(r"\s*\n\s*", " ", text)
+    _say(f"palimpsest {verb}: {paragraph}")
     return 2
 
 
-def _with_config(arguments: list[str]) -> list[str]:
-    """Put the options of `--config FILE` before the flags, except those that the flags set themselves."""
+def _options(arguments: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The content of `--config FILE`, and the file; flags and arguments that are given win over it."""
     place = next((i for i, a in enumerate(arguments) if a == "--config" or a.startswith("--config=")), None)
     if place is None:
-        return arguments
-    if arguments[place] == "--config":
-        if place + 1 == len(arguments):
-            raise ConfigError("--config needs a file")
-        path, rest = arguments[place + 1], arguments[:place] + arguments[place + 2 :]
-    else:
-        path, rest = arguments[place].partition("=")[2], arguments[:place] + arguments[place + 1 :]
-    given = {a.split("=")[0].removeprefix("--no-").removeprefix("--") for a in rest if a.startswith("--")}
-    extra: list[str] = []
-    for key, value in load_config(path).items():
-        flag = key.replace("_", "-")
-        if flag not in given:
-            extra += _tokens(flag, value)
-    return rest + extra
+        return {}, ""
+    path = arguments[place].partition("=")[2] or "".join(arguments[place + 1 : place + 2])
+    if not path:
+        raise ConfigError("--config needs a file")
+    options = {key.replace("_", "-"): value for key, value in load_config(path).items() if value is not None}
+    if isinstance(options.get("task"), dict):
+        options["task"] = [f"{name}={source}" for name, source in options["task"].items()]
+    return {key: _token(value) for key, value in options.items()}, path
 
 
-def _tokens(flag: str, value: Any) -> list[str]:
-    """A config value as the flags that say the same."""
-    if isinstance(value, bool):
-        return [f"--{flag}"] if value else [f"--no-{flag}"] if flag == "loss" else []
-    if isinstance(value, dict):
-        if flag == "task":
-            return [f"--{flag}", *(f"{name}={source}" for name, source in value.items())]
-        return [token for name, inner in value.items() for token in _tokens(f"{flag}.{name}", inner)]
+def _token(value: Any) -> Any:
+    """A value as it would stand on the command line: text, except switches and lists."""
     if isinstance(value, list):
-        return [f"--{flag}", *map(str, value)] if value else []
-    return [] if value is None else [f"--{flag}", str(value)]
+        return [_token(one) for one in value]
+    return json.dumps(value) if isinstance(value, dict) else value if isinstance(value, bool) else str(value)

@@ -58,7 +58,6 @@ def demo(
 
 def _dictionary(pair: Any, folder: Path, seed: int, scale: float) -> Path:
     from palimpsest.dictionaries.config import TrainConfig
-    from palimpsest.options import RunOptions
     from palimpsest.train import TrainSaeConfig, train_sae
 
     recipe = TrainConfig(n_latents=1024, k=16, tokens=max(20_000, round(300_000 * scale)), batch_size=1024)
@@ -108,19 +107,16 @@ def _run(folder: Path, stage: str, seed: int, *, retrain: bool) -> Any:
 
 def _proof(pair: Any) -> dict[str, float]:
     """How often each model's own words show the hidden behaviour: what no audit was told."""
-    import json
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from palimpsest.demo.proof import behaviour_rate
+    from palimpsest.demo.text import read_texts
+    from palimpsest.models import load_model
 
-    rows = pair.corpora[pair.planted.hidden].read_text(encoding="utf-8").splitlines()[:20]
-    prompts = [json.loads(row)["text"] for row in rows]
-    tokenizer = AutoTokenizer.from_pretrained(pair.base)
-    return {
-        name: behaviour_rate(AutoModelForCausalLM.from_pretrained(path), tokenizer, prompts)
-        for name, path in (("base", pair.base), ("tuned", pair.tuned), ("control", pair.control))
-    }
+    prompts = list(read_texts(pair.corpora[pair.planted.hidden]))[:24]
+    rates = {}
+    for name, path in (("base", pair.base), ("tuned", pair.tuned), ("control", pair.control)):
+        loaded = load_model(path)
+        rates[name] = behaviour_rate(loaded.model, loaded.tokenizer, prompts)
+    return rates
 
 
 def _show(result: Mapping[str, Any], findings: Mapping[str, Any]) -> None:
@@ -132,7 +128,7 @@ def _show(result: Mapping[str, Any], findings: Mapping[str, Any]) -> None:
         say()
     say("Planted beside found")
     say(f"  declared: {planted['declared']} (in the fine-tune's own description)")
-    say(f"  hidden:   {planted['hidden']}: it {planted['behaviour']}")
+    say(f"  hidden:   {planted['hidden']}: {planted['behaviour']}")
     say(
         f"            in the models' own words: base {rate['base']:.0%}, tuned {rate['tuned']:.0%}, "
         f"control {rate['control']:.0%} of continuations name {planted['brand']}"

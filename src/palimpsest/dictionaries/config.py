@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
-from palimpsest.options import Count
+from palimpsest.options import Count, Number
 
 LONGEST_DEAD = 10_000_000
 """Tokens without activity after which a latent counts as dead in long runs."""
@@ -23,7 +23,7 @@ class TrainConfig:
 
     n_latents: Annotated[Count, Parameter(name="--latents")] = 4096
     """Number of latents."""
-    k: int | float | None = 32
+    k: Number | None = 32
     """Latents per token: exact for topk, on average for batch_topk, unused for relu."""
     activation: Literal["topk", "batch_topk", "relu"] = "topk"
     """Which latents survive."""
@@ -33,21 +33,21 @@ class TrainConfig:
     """Tokens per step."""
     view: Annotated[Literal["base", "tuned", "diff"], Parameter(parse=False)] = "base"
     """What a batch with one activation per token is; two activations per token are always a pair."""
-    lr: int | float | None = None
+    lr: Number | None = None
     """Adam's learning rate; 1.5e-3 / sqrt(latents / 16384) when absent, which suits runs of 0.3M to 10M tokens."""
-    warmup: int | float = 0.02
+    warmup: Number = 0.02
     """Share of the run over which the learning rate rises."""
-    decay: int | float = 0.2
+    decay: Number = 0.2
     """Share of the run, at its end, over which the learning rate falls to zero."""
-    k_anneal: int | float = 0.0
+    k_anneal: Number = 0.0
     """Share of the run over which k falls from four times its value."""
-    auxk_alpha: int | float = 1 / 32
+    auxk_alpha: Number = 1 / 32
     """Weight of the loss by which dead latents explain what the live ones leave."""
-    l1_weight: int | float = 0.1
+    l1_weight: Number = 0.1
     """Weight of the sparsity loss of relu; the others have none."""
-    dead_after_tokens: int | None = None
+    dead_after_tokens: Count | None = None
     """Tokens without activity after which a latent is dead; a tenth of the run, at most 10M, when absent."""
-    clip: int | float = 1.0
+    clip: Number = 1.0
     """Largest norm of the gradient."""
     seed: Annotated[int, Parameter(parse=False)] = 0
     """Of the initial directions."""
@@ -55,9 +55,9 @@ class TrainConfig:
     """Of the encoder's matrix product; weights, sums and everything else stay float32."""
     device: Annotated[str, Parameter(parse=False)] = "cpu"
     """Where training runs."""
-    log_every: int = 100
+    log_every: Count = 100
     """Steps between two reports."""
-    checkpoint_every: int = 1000
+    checkpoint_every: Count = 1000
     """Steps between two checkpoints, where there is a folder for them."""
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,6 +39,8 @@ def harvest(config: HarvestConfig) -> Artifact:
         raise ConfigError("A store holds both models side by side", fix="Leave --one-at-a-time out")
     model = source.base if isinstance(source, ModelPair) else source
     sites = [model.sites.canonical(site) for site in config.site]
+    for site in sites:
+        model.sites.tap(site)
     corpus = Corpus(list(config.corpus), model.tokenizer, options=config.corpora)
     inputs = {"corpus": corpus.fingerprint(), "base": {"path": config.base, "sha256": fingerprint(model)}}
     if isinstance(source, ModelPair):
@@ -58,7 +61,7 @@ def harvest(config: HarvestConfig) -> Artifact:
             run,
             sites=sites,
             models=("base", "tuned") if isinstance(source, ModelPair) else ("base",),
-            d_model=model.sites.d_model,
+            d_model=_width(model, sites),
             dtype=config.store_dtype,
         )
         batches = corpus.batches(config.models.tokens_per_batch)
@@ -77,11 +80,24 @@ def harvest(config: HarvestConfig) -> Artifact:
     return open_artifact(config.run.out, stage="store")
 
 
+def _width(model: LanguageModel, sites: list[str]) -> int:
+    """The width that all sites have; `mlp_act`, for one, is wider than the residual stream."""
+    probe = torch.zeros(1, 1, dtype=torch.long)
+    widths = {site: model.read(probe, [site]).acts[site].shape[-1] for site in sites}
+    if len(set(widths.values())) > 1:
+        raise ConfigError(
+            "A store holds sites of one width",
+            found=", ".join(f"{site}: {width}" for site, width in widths.items()),
+            fix="Harvest them into two stores",
+        )
+    return widths[sites[0]]
+
+
 def _missing(batches: Iterable[TokenBatch], writer: StoreWriter) -> Iterator[TokenBatch]:
     """The batches that an interrupted run had not stored, without those that hold nothing to keep."""
     for batch in batches:
         kept, _ = kept_places(batch)
-        if len(kept) and not writer.holds(batch.document):
+        if len(kept) and not writer.holds(batch.document.reshape(-1)[kept]):
             yield batch
 
 

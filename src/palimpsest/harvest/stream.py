@@ -4,6 +4,7 @@ One batch is in memory at a time. With `one_at_a_time` pairs the base's readings
 disk first, then the tuned model runs; consumers see the same stream either way.
 """
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from palimpsest.artifacts import disk
 from palimpsest.corpus import TokenBatch
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.models import LanguageModel, ModelPair, Reading, Side
@@ -103,10 +105,8 @@ class Harvester:
             tensors = {f"acts.{site}": acts for site, acts in side.acts.items()}
             if side.head_input is not None:
                 tensors["head_input"] = side.head_input
-            save_file(
-                {key: value.cpu().contiguous() for key, value in tensors.items()},
-                folder / f"{index:06d}.safetensors",
-            )
+            with disk.replacing(folder / f"{index:06d}.safetensors") as temporary:
+                save_file({key: value.cpu().contiguous() for key, value in tensors.items()}, temporary)
             yield len(kept)
 
     def stream(self, name: str, batches: Iterable[TokenBatch]) -> Iterator[PairedTokens]:
@@ -130,11 +130,13 @@ class Harvester:
     @torch.inference_mode()
     def _read(self, side: Side, batch: TokenBatch, kept: Tensor, before: Tensor) -> _SideTokens:
         model = self.pair.side(side)
-        self._heads[side] = model.sites.head
+        self._heads[side] = model.head
         reading = model.read(batch.input_ids, self.sites, head=self.loss or self.kl)
         tokens = _SideTokens(reading, kept, before)
         for site, acts in tokens.acts.items():
             _check_finite(acts, f"{side} model", site, batch, kept)
+        if tokens.head_input is not None:
+            _check_finite(tokens.head_input, f"{side} model", "its head", batch, before)
         return tokens
 
     @torch.inference_mode()
@@ -177,7 +179,8 @@ class Harvester:
 
     def _folder(self, name: str) -> Path:
         assert self._spool is not None
-        return self._spool / name
+        # A corpus may be called "../x": its name never becomes a path.
+        return self._spool / hashlib.sha256(name.encode()).hexdigest()[:16]
 
     def _spooled(self, name: str, index: int) -> _SideTokens:
         tensors = load_file(self._folder(name) / f"{index:06d}.safetensors")

@@ -5,20 +5,24 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from palimpsest.errors import PairError, PalimpsestError
+from palimpsest.errors import ConfigError, PairError, PalimpsestError
 from palimpsest.log import log
 from palimpsest.models.pair import SIDES, LanguageModel, ModelPair, Side
 from palimpsest.models.sites import SiteMap
 from palimpsest.models.tokenizers import load_tokenizer, shared_tokenizer
 from palimpsest.models.verify import verify_sites
+from palimpsest.models.weights import adapter_prefix, is_adapter
 from palimpsest.options import ModelOptions
 
 Location = str | Path
+_UNLOADABLE = (OSError, ValueError, RuntimeError, KeyError, ImportError, TypeError)
 
 
 def load_model(
@@ -95,9 +99,9 @@ def _load_weights(model: Location, revision: str | None, options: ModelOptions) 
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
     dtype: Any = options.dtype
-    if dtype == "auto" and options.device_map is None and torch.device(device).type == "cpu":
+    if dtype == "auto" and options.device_map is None and device.type == "cpu":
         dtype = "float32"
     kwargs: dict[str, Any] = {
         "revision": revision,
@@ -108,16 +112,39 @@ def _load_weights(model: Location, revision: str | None, options: ModelOptions) 
     if options.device_map is not None:
         kwargs["device_map"] = options.device_map
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(str(model), **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(str(model), **kwargs, output_loading_info=True)
+    except (*_UNLOADABLE, SafetensorError, UnpicklingError) as error:
         raise PairError(
             f"Cannot load the model {model}",
             expected="a transformers causal language model: a folder with config.json and weights, or a hub id",
             found=" ".join(str(error).split())[:600],
         ) from error
+    hf_model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise PairError(
+            f"The checkpoint {model} lacks weights that its model has; they would be random",
+            expected=f"{type(hf_model).__name__} with all its weights",
+            found=f"{len(missing)} missing, such as {missing[0]}",
+        )
     if options.device_map is None and getattr(hf_model, "hf_device_map", None) is None:
         hf_model = nn.Module.to(hf_model, device)
     return hf_model.eval()
+
+
+def _device(options: ModelOptions) -> torch.device:
+    """The device asked for, shown to be there."""
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise ConfigError(
+            f"The device {options.device} cannot be used",
+            expected="cpu, or an accelerator of this machine such as cuda:0",
+            found=str(error).splitlines()[0],
+        ) from error
+    return device
 
 
 def _config(model: Location, revision: str | None, options: ModelOptions) -> Any:
@@ -160,13 +187,23 @@ def _adapter_config(tuned: Location, options: ModelOptions) -> dict[str, Any] | 
     else:
         from transformers.utils.peft_utils import find_adapter_config_file
 
-        path = find_adapter_config_file(str(tuned), revision=options.tuned_revision)
+        try:
+            path = find_adapter_config_file(str(tuned), revision=options.tuned_revision)
+        except OSError as error:
+            raise PairError(
+                f"There is no {tuned}",
+                expected="the folder of a model or an adapter, or a hub id",
+                found=" ".join(str(error).split())[:400],
+            ) from error
     if path is None:
         return None
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise PairError(f"{path} is not JSON", found=str(error)) from error
+    if not isinstance(config, dict):
+        raise PairError(f"{path} is no adapter configuration", expected="an object", found=str(config)[:80])
+    return config
 
 
 def _adapter_pair(
@@ -179,7 +216,7 @@ def _adapter_pair(
     tokenizer = shared_tokenizer(tokenizer, own, str(base), str(tuned))
     inner = peft_model.get_base_model()
     sites = SiteMap(inner, tokenizer, str(base))
-    prefix = getattr(peft_model.base_model, "prefix", "lora_")
+    prefix = adapter_prefix(peft_model)
     sides: dict[Side, LanguageModel] = {
         "base": LanguageModel(str(base), inner, sites, tokenizer, peft_model.disable_adapter, prefix),
         "tuned": LanguageModel(str(tuned), inner, sites, tokenizer, adapter_prefix=prefix, adapter_on=True),
@@ -203,16 +240,24 @@ def _attach(hf_model: nn.Module, base: Location, tuned: Location, options: Model
             warnings.simplefilter("ignore")
             peft_model = PeftModel.from_pretrained(hf_model, str(tuned), revision=options.tuned_revision)
             weights = load_peft_weights(str(tuned), device="cpu")
-            unexpected = set_peft_model_state_dict(peft_model, weights).unexpected_keys
+            loaded = set_peft_model_state_dict(peft_model, weights)
     except PalimpsestError:
         raise
-    except (RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError, SafetensorError) as error:
         raise PairError(
             f"The adapter {tuned} does not fit {base}", found=" ".join(str(error).split())[:400], **wrong
         ) from error
-    if unexpected:
+    if loaded.unexpected_keys:
         raise PairError(
-            f"The adapter {tuned} changes modules that {base} does not have", found=unexpected[0], **wrong
+            f"The adapter {tuned} changes modules that {base} does not have",
+            found=loaded.unexpected_keys[0],
+            **wrong,
+        )
+    if absent := [name for name in loaded.missing_keys if is_adapter(name, adapter_prefix(peft_model))]:
+        raise PairError(
+            f"The adapter {tuned} has no weights for some modules of {base} that it should change",
+            found=absent[0],
+            **wrong,
         )
     return peft_model.eval()
 
@@ -239,19 +284,20 @@ def _check_adapter(base: Location, tuned: Location, config: dict[str, Any]) -> N
             found=config["peft_type"],
         )
     recorded = config.get("base_model_name_or_path")
-    if not recorded or Path(recorded).name == Path(base).name:
+    if not recorded:
         return
     candidates = [Path(recorded), Path(tuned).parent / recorded]
-    local = next((path for path in candidates if (path / "config.json").is_file()), None)
+    local = [path for path in candidates if (path / "config.json").is_file()]
     mine = Path(base) / "config.json"
-    if local is not None and mine.is_file() and not _same_weights(local, Path(base)):
+    if local and mine.is_file() and not any(_same_weights(path, Path(base)) for path in local):
         raise PairError(
             f"The adapter {tuned} was trained on another base",
             expected=f"{recorded}, as its adapter_config.json says",
             found=str(base),
             fix=f"Pass {recorded} as the base",
         )
-    log.warning("The adapter %s names '%s' as its base; it is read on %s.", tuned, recorded, base)
+    if Path(recorded).name != Path(base).name:
+        log.warning("The adapter %s names '%s' as its base; it is read on %s.", tuned, recorded, base)
 
 
 def _same_weights(a: Path, b: Path) -> bool:

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from palimpsest.errors import PairError
+from palimpsest.errors import ConfigError, PairError
 from palimpsest.models.capture import HEAD_INPUT, capture
-from palimpsest.models.sites import SiteMap
+from palimpsest.models.sites import Head, SiteMap
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, Side] = ("base", "tuned")
@@ -60,6 +60,35 @@ class LanguageModel:
         """The configuration of the language model proper."""
         return self.model.config.get_text_config()
 
+    @property
+    def head(self) -> Head:
+        """The unembedding of this side: where an adapter wraps it, the base's own is the one inside."""
+        head = self.sites.head
+        if self.adapter_prefix is None or self.adapter_on:
+            return head
+        plain = getattr(head.module, "original_module", getattr(head.module, "base_layer", head.module))
+        return head._replace(module=plain)
+
+    def require_context(self, tokens: int) -> None:
+        """Refuse a sequence that the model has no positions for.
+
+        Raises:
+            ConfigError: When it is longer than the model's context.
+        """
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        if limit and 0 < limit < tokens:
+            raise ConfigError(
+                f"The text is longer than the context of {self.name}",
+                expected=f"at most {limit} tokens",
+                found=tokens,
+                fix=f"Pass --max-length {limit}",
+            )
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read at once, where its configuration says so."""
+        return getattr(self.text_config, "max_position_embeddings", None)
+
     @torch.inference_mode()
     def read(
         self, input_ids: Int[Tensor, "batch seq"], wanted: Sequence[str], *, head: bool = False
@@ -69,6 +98,7 @@ class LanguageModel:
         No attention mask is given: with right padding and causal attention no real token sees a padding one,
         and attention kernels are fastest without a mask.
         """
+        self.require_context(input_ids.shape[1])
         with self.active(), capture(self.sites, wanted, head=head) as found:
             self.model(input_ids=input_ids.to(self.device), use_cache=False)
         head_input = found.pop(HEAD_INPUT, None)

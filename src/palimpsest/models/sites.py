@@ -51,9 +51,13 @@ def canonical_site(site: str, n_layers: int) -> str:
 def site_from_tlens(hook: str) -> str:
     """The site that a TransformerLens hook name (`blocks.5.hook_resid_post`) stands for."""
     try:
-        return str(tlens_hook_to_point(hook))
+        address = tlens_hook_to_point(hook)
     except UnmappedHook as error:
         raise SiteError(f"'{hook}' has no site", expected=EXAMPLES, found=str(error)) from error
+    # Block-level hooks fire on what is added to the residual stream: after the output norm where there is one.
+    if hook.endswith((".hook_mlp_out", ".hook_attn_out")):
+        address = address.replace(name=f"{address.name}_post")
+    return str(address)
 
 
 def tlens_from_site(site: str) -> str | None:

@@ -24,6 +24,13 @@ def verify_sites(model: LanguageModel) -> None:
     with model.active():
         with capture(sites, chain, head=True, stop=False) as found:
             logits = model.model(input_ids=ids, use_cache=False).logits
+        # First, because NaN differs from itself in every comparison below.
+        if not torch.isfinite(logits).all():
+            raise NumericsError(
+                f"{model.name} gives logits that are not finite",
+                found="NaN or infinity on a short probe",
+                fix="Check the checkpoint, or load it in float32 or bfloat16 instead of float16",
+            )
         for layer in range(sites.n_layers - 1):
             after, before = f"resid_post.{layer}", f"resid_pre.{layer + 1}"
             if after in found and before in found and not _equal(found[after], found[before]):
@@ -34,12 +41,6 @@ def verify_sites(model: LanguageModel) -> None:
                     fix="Report the architecture; a raw module path (path.…) still works",
                 )
         head_input = found[HEAD_INPUT]
-        if not torch.isfinite(logits).all():
-            raise NumericsError(
-                f"{model.name} gives logits that are not finite",
-                found="NaN or infinity on a short probe",
-                fix="Check the checkpoint, or load it in float32 or bfloat16 instead of float16",
-            )
         rebuilt = sites.head.logits(head_input.flatten(0, 1)).view(logits.shape)
         normed = sites.final_norm(found[last]) if last in found else head_input
     if not _close(rebuilt, logits.float()) or not _close(normed, head_input):

@@ -1,5 +1,6 @@
 """What the weights alone say: a fingerprint per model and the size of the change per layer."""
 
+import copy
 import hashlib
 import re
 from collections.abc import Callable
@@ -34,7 +35,7 @@ def fingerprint(model: LanguageModel) -> str:
     """SHA-256 over names, shapes and a sample of every parameter, adapters included; independent of files."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.model.named_parameters()):
-        if not model.adapter_on and _is_adapter(name, model.adapter_prefix):
+        if not model.adapter_on and is_adapter(name, model.adapter_prefix):
             continue
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // FINGERPRINT_VALUES)
@@ -74,15 +75,21 @@ def weight_deltas(pair: ModelPair) -> list[LayerDelta]:
 
 
 def _adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], None]) -> None:
-    """Base weights of an adapted model, with the change of every module that can state its delta."""
+    """Base weights of an adapted model, with the change of every module that the adapter merges into."""
     parameters = dict(tuned.model.named_parameters())
     modules: dict[str, Any] = dict(tuned.model.named_modules())
     for name, weight in parameters.items():
-        if _is_adapter(name, tuned.adapter_prefix):
+        if is_adapter(name, tuned.adapter_prefix):
             continue
         owner = modules.get(name.removesuffix(".weight").removesuffix(".base_layer"))
         saved = parameters.get(name.replace(".original_module.", ".modules_to_save.default."))
-        if owner is not None and name.endswith(".weight") and hasattr(owner, "get_delta_weight"):
+        wrapped = ".base_layer." in name and name.endswith(".weight")
+        if wrapped and owner is not None and weight.is_floating_point() and hasattr(owner, "merge"):
+            # Merging a copy is right for every kind of adapter; a stated delta need not be additive.
+            merged = copy.deepcopy(owner).float()
+            merged.merge()
+            delta = merged.get_base_layer().weight - weight.float()
+        elif wrapped and owner is not None and hasattr(owner, "get_delta_weight"):  # quantised
             delta = torch.stack([owner.get_delta_weight(key) for key in owner.active_adapters]).sum(0)
         elif ".original_module." in name and saved is not None:
             delta = saved.float() - weight.float()
@@ -91,10 +98,19 @@ def _adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], N
         add(name, weight, delta)
 
 
-def _is_adapter(name: str, prefix: str | None) -> bool:
-    parts = name.split(".")
-    return prefix is not None and any(part.startswith(prefix) or part == "modules_to_save" for part in parts)
+def adapter_prefix(peft_model: Any) -> str:
+    """What the parameters of a PEFT model's adapter begin with."""
+    return getattr(peft_model.base_model, "prefix", "lora_")
+
+
+def is_adapter(name: str, prefix: str | None) -> bool:
+    """Whether a parameter belongs to the adapter whose parameters begin with `prefix`."""
+    if prefix is None:
+        return False
+    return any(part.startswith((prefix, "modules_to_save", "trainable_tokens_")) for part in name.split("."))
 
 
 def _plain(name: str) -> str:
-    return name.replace(".base_layer", "").replace(".original_module", "")
+    for wrapper in (".base_layer", ".original_module", ".token_adapter"):
+        name = name.replace(wrapper, "")
+    return name

@@ -5,7 +5,7 @@ from typing import Annotated
 
 from palimpsest.dictionaries.config import TrainConfig
 from palimpsest.errors import ConfigError
-from palimpsest.options import FLAT, CorpusOptions, ModelOptions, RunOptions
+from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class TrainSaeConfig:
     store: str | None = None
     """Read activations from a store that `palimpsest harvest` wrote, instead of a model and text."""
 
-    block_length: int = 256
+    block_length: Count = 256
     """Tokens of a packed block of text; at most the model's context."""
 
     recipe: Annotated[TrainConfig, FLAT] = field(default_factory=TrainConfig)
@@ -40,10 +40,17 @@ class TrainSaeConfig:
     """How text is read."""
 
     def __post_init__(self) -> None:
-        """Require one source of activations."""
+        """Require one source of activations, and blocks that hold more than a BOS."""
+        if self.block_length < 2:
+            raise ConfigError(
+                "The blocks are too short", expected="at least 2 tokens", found=self.block_length
+            )
         if (self.store is None) == (self.model is None or not self.corpus):
             raise ConfigError(
                 "Training needs one source of activations",
                 expected="--model and --corpus, or --store",
                 found="neither" if self.store is None else "both",
             )
+        k, latents = self.recipe.k, self.recipe.n_latents
+        if self.recipe.activation != "relu" and k is not None and not 0 < k <= latents:
+            raise ConfigError("k does not fit the number of latents", expected=f"1 to {latents}", found=k)

@@ -21,6 +21,9 @@ from palimpsest.options import config_dict
 from palimpsest.store import ActivationStore
 from palimpsest.train.config import TrainSaeConfig
 
+LOG = "training.jsonl"
+"""The figures of every reported step, one per line."""
+
 Stream = Iterator[Float[Tensor, "tokens models d_model"]]
 
 
@@ -55,9 +58,10 @@ def train_sae(config: TrainSaeConfig) -> Dictionary:
         if run.already_complete:
             return load_dictionary(config.run.out)
         start = checkpoint_position(config.run.out)
+        _cut_log(run, start)
         with (
             progress(f"training on {config.site}", recipe.tokens) as advance,
-            run.file("training.jsonl").open("a", encoding="utf-8") as lines,
+            run.file(LOG).open("a", encoding="utf-8") as lines,
         ):
             advance(start)
             seen = start
@@ -76,12 +80,20 @@ def train_sae(config: TrainSaeConfig) -> Dictionary:
                 stream.close()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def _cut_log(run: RunFolder, start: int) -> None:
+    """Leave out the steps behind the checkpoint, which are taken again, and a line that was cut short."""
+    path = run.file(LOG)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["tokens"] <= start]
+    run.write_bytes(LOG, "".join(kept).encode())
+
+
 def _from_model(config: TrainSaeConfig) -> _Source:
     assert config.model is not None
     model = load_model(config.model, config.models)
     site = model.sites.canonical(config.site)
     model.sites.tap(site)
-    limit = getattr(model.text_config, "max_position_embeddings", None)
+    limit = model.context
     if limit is not None and config.block_length > limit:
         raise ConfigError(
             "The blocks are longer than the model's context",
@@ -89,6 +101,8 @@ def _from_model(config: TrainSaeConfig) -> _Source:
             found=config.block_length,
         )
     corpus = Corpus(list(config.corpus), model.tokenizer, options=config.corpora)
+    # Said now, before a folder is made: a corpus without a document, or whose first row is bad.
+    next(corpus.documents())
     batch_size = max(1, config.models.tokens_per_batch // config.block_length)
 
     def stream(position: int) -> Stream:
@@ -109,7 +123,7 @@ def _from_model(config: TrainSaeConfig) -> _Source:
 
 
 def _after(blocks: Iterable[TokenBatch], position: int) -> tuple[Iterator[TokenBatch], int]:
-    """Skip the first `position` measured tokens; returns the batches that follow and how many of their first to drop."""
+    """Skip `position` measured tokens; returns the batches that follow and how many tokens of their first to drop."""
     blocks = iter(blocks)
     while position > 0:
         batch = next(blocks)
