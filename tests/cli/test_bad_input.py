@@ -129,10 +129,6 @@ PAIRS = {
         ["tuned", "adapter-base", "sae"],
         ["adapter-base", "another base"],
     ),
-    "text beyond the context": (
-        ["short", "short", "sae"],
-        ["the context of short", "at most 32", "--max-length 32"],
-    ),
     "NaN in the fine-tune": (["base", "nan", "sae"], ["nan gives", "not finite"]),
     "NaN in the base": (["nan", "tuned", "sae"], ["nan gives", "not finite"]),
     "weights cut short": (["base", "cut", "sae"], ["Cannot load the model cut"]),
@@ -155,6 +151,15 @@ def test_models_and_dictionaries(case, broken, call, out):
     done = call("audit", base, tuned, "--dictionary", dictionary, *GENERAL, *TASK, "--out", out)
     _refused(done, *names)
     assert not out.exists()
+
+
+def test_text_beyond_the_context_is_cut_and_said(broken, call):
+    arguments = ["audit", "short", "short", "--dictionary", "sae", "--resamples", "100", *GENERAL, *TASK]
+    done = call(*arguments, "--json", "--out", "short-run")
+    assert done.code == 0 and "context of 32 tokens" in done.err
+    assert all(data["tokens"] <= 14 * 32 for data in json.loads(done.out)["datasets"])
+    arguments = ["harvest", "short", "--corpus", "math.jsonl", "--site", "resid_post.0", "--out", "short-store"]
+    _refused(call(*arguments), "the context of short", "at most 32", "--max-length 32")
 
 
 FLAGS = {

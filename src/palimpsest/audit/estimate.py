@@ -52,7 +52,7 @@ class CorpusEstimates:
         self._draws = Resampler(len(sums.documents), settings.resamples, [settings.seed, stream])
         self.curve = self._curve()
 
-    def interval(self, samples: NDArray) -> tuple[NDArray | np.floating, NDArray | np.floating]:
+    def interval(self, samples: NDArray) -> tuple[Any, Any]:
         """Interval of resampled figures of this corpus."""
         return percentile_interval(samples, self.settings.confidence, len(self.sums.documents))
 

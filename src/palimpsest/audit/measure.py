@@ -13,7 +13,6 @@ from palimpsest.corpus import Corpus
 from palimpsest.errors import CorpusError
 from palimpsest.harvest import Harvester
 from palimpsest.log import progress
-from palimpsest.models import LanguageModel
 
 
 class Size(NamedTuple):
@@ -24,16 +23,14 @@ class Size(NamedTuple):
     bad_rows: int
 
 
-def survey(corpus: Corpus, model: LanguageModel, tokens_per_batch: int, minimum: int) -> Size:
-    """Read a corpus once without running the model, so that bad input is found before anything is computed.
+def survey(corpus: Corpus, tokens_per_batch: int, minimum: int) -> Size:
+    """Read a corpus once without a model, so that bad input is found before anything is computed.
 
     Raises:
         CorpusError: A row cannot be read, or fewer than `minimum` documents have tokens to measure.
-        ConfigError: A document is longer than the model's context.
     """
     documents = tokens = 0
     for batch in corpus.batches(tokens_per_batch):
-        model.require_context(batch.input_ids.shape[1])
         documents += int(batch.keep.any(1).sum())
         tokens += int(batch.keep.sum())
     if documents < minimum:

@@ -93,7 +93,7 @@ def _open(config: AuditConfig) -> _Inputs:
     corpora = []
     for name, source in [("general", config.general), *config.tasks]:
         corpus = Corpus(source, pair.tokenizer, name=name, options=options)
-        corpora.append((corpus, survey(corpus, pair.base, config.models.tokens_per_batch, minimum)))
+        corpora.append((corpus, survey(corpus, config.models.tokens_per_batch, minimum)))
     k_max = min(config.k_max, dictionary.n_latents)
     if config.k > dictionary.n_latents:
         raise DictionaryError(

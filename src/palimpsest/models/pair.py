@@ -69,21 +69,6 @@ class LanguageModel:
         plain = getattr(head.module, "original_module", getattr(head.module, "base_layer", head.module))
         return head._replace(module=plain)
 
-    def require_context(self, tokens: int) -> None:
-        """Refuse a sequence that the model has no positions for.
-
-        Raises:
-            ConfigError: When it is longer than the model's context.
-        """
-        limit = getattr(self.text_config, "max_position_embeddings", None)
-        if limit and 0 < limit < tokens:
-            raise ConfigError(
-                f"The text is longer than the context of {self.name}",
-                expected=f"at most {limit} tokens",
-                found=tokens,
-                fix=f"Pass --max-length {limit}",
-            )
-
     @property
     def context(self) -> int | None:
         """Tokens that the model can read at once, where its configuration says so."""
@@ -98,7 +83,14 @@ class LanguageModel:
         No attention mask is given: with right padding and causal attention no real token sees a padding one,
         and attention kernels are fastest without a mask.
         """
-        self.require_context(input_ids.shape[1])
+        limit, length = self.context, input_ids.shape[1]
+        if limit and 0 < limit < length:
+            raise ConfigError(
+                f"The text is longer than the context of {self.name}",
+                expected=f"at most {limit} tokens",
+                found=length,
+                fix=f"Pass --max-length {limit}",
+            )
         with self.active(), capture(self.sites, wanted, head=head) as found:
             self.model(input_ids=input_ids.to(self.device), use_cache=False)
         head_input = found.pop(HEAD_INPUT, None)
