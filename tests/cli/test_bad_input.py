@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from shlex import split
 
 import pytest
 
@@ -133,7 +134,6 @@ PAIRS = {
     "NaN in the base": (["nan", "tuned", "sae"], ["nan gives", "not finite"]),
     "weights cut short": (["base", "cut", "sae"], ["Cannot load the model cut"]),
     "no such base": (["nowhere", "tuned", "sae"], ["nowhere"]),
-    "a file as the fine-tune": (["base", "math.jsonl", "sae"], ["math.jsonl is a file"]),
     "no such dictionary": (["base", "tuned", "nowhere"], ["There is no folder nowhere"]),
     "a model as the dictionary": (["base", "tuned", "base"], ["base holds no dictionary", "SAELens"]),
     "a dictionary of another width": (
@@ -158,8 +158,8 @@ def test_text_beyond_the_context_is_cut_and_said(broken, call):
     done = call(*arguments, "--json", "--out", "short-run")
     assert done.code == 0 and "context of 32 tokens" in done.err
     assert all(data["tokens"] <= 14 * 32 for data in json.loads(done.out)["datasets"])
-    arguments = ["harvest", "short", "--corpus", "math.jsonl", "--site", "resid_post.0", "--out", "short-store"]
-    _refused(call(*arguments), "the context of short", "at most 32", "--max-length 32")
+    line = "harvest short --corpus math.jsonl --site resid_post.0 --out short-store"
+    _refused(call(*split(line)), "the context of short", "at most 32", "--max-length 32")
 
 
 FLAGS = {
@@ -234,7 +234,7 @@ OTHER = {
 @pytest.mark.parametrize("case", OTHER)
 def test_other_verbs(case, broken, call, out):
     line, names = OTHER[case]
-    arguments = line.split()
+    arguments = split(line)
     given = {"--corpus": "math.jsonl", "--site": "resid_post.0", "--out": out}
     if arguments[0] == "train":
         given["--model"] = "base"

@@ -37,6 +37,36 @@ def refuse_foreign(root: Path) -> None:
         )
 
 
+def refuse_taken(root: Path, existing: Mapping[str, Any]) -> None:
+    """An earlier run stays unless the user says what becomes of it.
+
+    Raises:
+        ArtifactError: Always; says how to continue or to replace it.
+    """
+    done = existing["status"] == "complete"
+    raise ArtifactError(
+        f"{root} already holds a{' finished' if done else 'n unfinished'} run",
+        found=f"stage {existing['stage']}, status {existing['status']}",
+        fix="Pass --overwrite to replace it"
+        + ("" if done else ", --resume to go on with it")
+        + ", or choose another --out",
+    )
+
+
+def check_claim(root: str | Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Say now what `RunFolder` would refuse later, before models are loaded; writes nothing.
+
+    Raises:
+        ArtifactError: The folder is something else's, in use, or holds a run that must not be touched.
+    """
+    root = Path(root)
+    refuse_foreign(root)
+    if (root / disk.LOCK).exists():
+        disk.drop_lock(root, disk.take_lock(root))
+    if (root / disk.MANIFEST).exists() and not (resume or overwrite):
+        refuse_taken(root, read_json(root / disk.MANIFEST))
+
+
 def remove(root: Path, manifest: Mapping[str, Any]) -> None:
     """Delete an earlier run; the manifest stays, so that a removal cut short is still known as ours.
 

@@ -92,6 +92,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        # Some writers make their files private; ours are as readable as any other new file.
+        temporary.chmod(0o666 & ~_umask())
         flush(temporary)
         temporary.replace(path)
         flush(path.parent)
@@ -102,6 +104,12 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError) or "os error 28" in str(error):
             raise _write_error(path, error) from error
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_bytes(path: Path, data: bytes) -> None:

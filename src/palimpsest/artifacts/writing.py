@@ -210,14 +210,7 @@ class RunFolder:
                 self.close()
             return existing
         if existing is not None and not overwrite:
-            done = existing["status"] == "complete"
-            raise ArtifactError(
-                f"{self.path} already holds a{' finished' if done else 'n unfinished'} run",
-                found=f"stage {existing['stage']}, status {existing['status']}",
-                fix="Pass --overwrite to replace it"
-                + ("" if done else ", --resume to go on with it")
-                + ", or choose another --out",
-            )
+            claim.refuse_taken(self.path, existing)
         if existing is not None:
             claim.remove(self.path, existing)
         disk.write_bytes(self.path / disk.MANIFEST, disk.to_json(wanted))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from palimpsest.artifacts import Artifact, RunFolder, input_entry, open_artifact
+from palimpsest.artifacts import Artifact, RunFolder, check_claim, input_entry, open_artifact
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.controls import control_dictionaries
 from palimpsest.audit.measure import Size, measure_corpora, survey
@@ -46,6 +46,7 @@ def audit(config: AuditConfig, *, command: str | None = None) -> Artifact:
         PalimpsestError: Bad input, before anything is written; or NaN and a full disk during the pass, after
             which `resume` continues with the corpora that are left.
     """
+    check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
     inputs = _open(config)
     entries = _input_entries(config, inputs)
     with RunFolder(

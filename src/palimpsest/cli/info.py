@@ -12,7 +12,7 @@ app = verb_app("info", VERBS["info"].capitalize() + ".")
 
 NOTABLE = {
     "audit": ("audit.json", ("summary",)),
-    "dictionary": ("dictionary.json", ("n_latents", "k", "activation", "d_model", "view")),
+    "dictionary": ("dictionary.json", ("n_latents", "k", "activation", "d_model", "view", "metadata")),
     "store": ("store.json", ("sites", "models", "d_model", "dtype")),
 }
 """The file of each stage that says most, and its keys worth a line."""
@@ -50,11 +50,17 @@ def _show(manifest: dict[str, Any], content: dict[str, Any]) -> None:
     )
     say(f"{manifest['stage']} ({manifest['status']}, {whole})")
     say(f"  created {manifest['created']} by palimpsest {manifest['palimpsest']}")
-    for key, value in content.items():
+    about = {key: value for key, value in content.items() if key != "metadata"}
+    about |= {
+        k: v for k, v in content.get("metadata", {}).items() if k in ("model", "site", "tokens", "metrics")
+    }
+    for key, value in about.items():
         say(f"  {key}: {value}")
     for name, entry in manifest["inputs"].items():
         say(f"  input {name}: {entry.get('path')} ({str(entry.get('sha256'))[:12]})")
     for name, entry in manifest["files"].items():
         say(f"  file {name}: {entry['bytes']:,} bytes")
+    for name in manifest.get("attached", []):
+        say(f"  attached {name} (made from the files above, not verified)")
     for name, seconds in manifest["timings"].items():
         say(f"  {name}: {seconds:.1f} s")

@@ -34,7 +34,7 @@ class TrainConfig:
     view: Annotated[Literal["base", "tuned", "diff"], Parameter(parse=False)] = "base"
     """What a batch with one activation per token is; two activations per token are always a pair."""
     lr: Number | None = None
-    """Adam's learning rate; 1.5e-3 / sqrt(latents / 16384) when absent, which suits runs of 0.3M to 10M tokens."""
+    """Adam's learning rate; by default 1.5e-3 / sqrt(latents / 16384), at most 6e-3: for up to 10M tokens."""
     warmup: Number = 0.02
     """Share of the run over which the learning rate rises."""
     decay: Number = 0.2
@@ -91,7 +91,7 @@ class TrainConfig:
     @property
     def peak_lr(self) -> float:
         """The learning rate between warm-up and decay."""
-        return self.lr if self.lr is not None else 1.5e-3 / math.sqrt(self.n_latents / 2**14)
+        return self.lr if self.lr is not None else min(6e-3, 1.5e-3 / math.sqrt(self.n_latents / 2**14))
 
     @property
     def dead_after(self) -> int:

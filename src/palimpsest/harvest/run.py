@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palimpsest.artifacts import Artifact, RunFolder, open_artifact
+from palimpsest.artifacts import Artifact, RunFolder, check_claim, open_artifact
 from palimpsest.corpus import Corpus, TokenBatch
 from palimpsest.errors import ConfigError
 from palimpsest.harvest.config import HarvestConfig
@@ -30,6 +30,7 @@ def harvest(config: HarvestConfig) -> Artifact:
     """
     if not config.site:
         raise ConfigError("A harvest needs a site", expected="--site resid_post.13")
+    check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
     source = (
         load_model(config.base, config.models)
         if config.tuned is None

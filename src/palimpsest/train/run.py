@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palimpsest.artifacts import RunFolder, input_entry, open_artifact
+from palimpsest.artifacts import RunFolder, check_claim, input_entry, open_artifact
 from palimpsest.corpus import Corpus, TokenBatch
 from palimpsest.dictionaries import Dictionary, checkpoint_position, load_dictionary, train_dictionary
 from palimpsest.errors import ConfigError
@@ -43,6 +43,7 @@ def train_sae(config: TrainSaeConfig) -> Dictionary:
         PalimpsestError: Bad input, or NaN in the activations. An interrupted run continues with `resume`
             from its last checkpoint and gives the same weights as an uninterrupted one.
     """
+    check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
     source = _from_store(config) if config.store is not None else _from_model(config)
     recipe = replace(config.recipe, seed=config.run.seed, device=source.device)
     with RunFolder(
