@@ -28,6 +28,7 @@ from palimpsest.harvest import Harvester
 from palimpsest.models import load_pair
 
 SITE = "resid_post.1"
+MEMORY_DOCUMENTS = 150
 
 
 def batches_of(corpus, tokens_per_batch=4096):
@@ -109,11 +110,13 @@ def peak_memory(zoo, dictionary, copies):
     with tempfile.TemporaryDirectory() as folder:
         files = {}
         for name in ("general", "math"):
-            text = (zoo / "corpora" / f"{name}.audit.jsonl").read_text(encoding="utf-8")
-            files[name] = Path(folder) / f"{name}.jsonl"
-            files[name].write_text(
-                "".join(text if text.endswith("\n") else text + "\n" for _ in range(copies))
+            lines = (
+                (zoo / "corpora" / f"{name}.audit.jsonl")
+                .read_text(encoding="utf-8")
+                .splitlines()[:MEMORY_DOCUMENTS]
             )
+            files[name] = Path(folder) / f"{name}.jsonl"
+            files[name].write_text("".join(line + "\n" for line in lines * copies), encoding="utf-8")
         command = [
             sys.executable,
             __file__,
@@ -124,12 +127,12 @@ def peak_memory(zoo, dictionary, copies):
             str(files["math"]),
             folder,
         ]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(out)
 
 
 def child(zoo, dictionary, general, math, folder):
-    from palimpsest import AuditConfig, CorpusOptions, ModelOptions, RunOptions, audit
+    from palimpsest import AuditConfig, CorpusOptions, ModelOptions, RunOptions, run_audit
 
     config = AuditConfig(
         f"{zoo}/base",
@@ -144,7 +147,7 @@ def child(zoo, dictionary, general, math, folder):
         resamples=200,
     )
     started = time.perf_counter()
-    artifact = audit(config)
+    artifact = run_audit(config)
     tokens = sum(row["tokens"] for row in artifact.read_json("audit.json")["datasets"])
     print(
         json.dumps(

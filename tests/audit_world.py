@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.audit import AuditConfig, audit
+from palimpsest.audit import AuditConfig, run_audit
 from palimpsest.dictionaries import Dictionary, load_dictionary
 from palimpsest.options import ModelOptions, RunOptions
 
@@ -117,7 +117,7 @@ def config_of(world, out, **changes):
 
 def audited(world, out, **changes):
     """`audit.json` and the two tables of one audit."""
-    folder = audit(config_of(world, out, **changes))
+    folder = run_audit(config_of(world, out, **changes))
     tables = [folder.read_table(name).to_pylist() for name in ("curve.parquet", "latents.parquet")]
     return SimpleNamespace(
         json=folder.read_json("audit.json"), curve=tables[0], latents=tables[1], folder=folder

@@ -89,7 +89,7 @@ def test_every_ranked_name_exists_once():
 @pytest.mark.parametrize(
     ("file", "source"),
     [
-        ("store.py", "from palimpsest.harvest import harvest"),
+        ("store.py", "from palimpsest.harvest import run_harvest"),
         ("store.py", "def f():\n    import palimpsest.audit.overlap"),
         ("store.py", "from . import harvest"),
         ("store.py", "from palimpsest import load_pair"),
@@ -116,7 +116,7 @@ def test_a_forbidden_import_is_found(file, source):
         ),
         ("models/load.py", "from .pair import ModelPair\nfrom palimpsest.models import sites"),
         ("report/build.py", "from palimpsest.findings import Finding"),
-        ("cli/audit.py", "from palimpsest.audit import audit"),
+        ("cli/audit.py", "from palimpsest.audit import run_audit"),
         ("__main__.py", "from palimpsest.cli import main"),
     ],
 )

@@ -1,7 +1,7 @@
 """Palimpsest: what a fine-tune wrote over its base model.
 
-    >>> from palimpsest import AuditConfig, RunOptions, audit
-    >>> run = audit(  # doctest: +SKIP
+    >>> from palimpsest import AuditConfig, RunOptions, run_audit
+    >>> run = run_audit(  # doctest: +SKIP
     ...     AuditConfig(
     ...         "base/", "math/", dictionary="dict/", general="general.jsonl", task=("math=math.jsonl",),
     ...         run=RunOptions(out="audit/"),
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from palimpsest.artifacts import Artifact, open_artifact
-    from palimpsest.audit import AuditConfig, audit
+    from palimpsest.audit import AuditConfig, run_audit
     from palimpsest.corpus import Corpus
     from palimpsest.dictionaries import (
         Dictionary,
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
     from palimpsest.errors import PalimpsestError
     from palimpsest.findings import AuditFinding
-    from palimpsest.harvest import HarvestConfig, Harvester, harvest
+    from palimpsest.harvest import HarvestConfig, Harvester, run_harvest
     from palimpsest.models import ModelPair, capture, load_model, load_pair, replace
     from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
     from palimpsest.report import build_report
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "artifacts": ("Artifact", "open_artifact"),
-    "audit": ("AuditConfig", "audit"),
+    "audit": ("AuditConfig", "run_audit"),
     "corpus": ("Corpus",),
     "dictionaries": ("Dictionary", "TrainConfig", "load_dictionary", "save_saelens", "train_dictionary"),
     "errors": ("PalimpsestError",),
     "findings": ("AuditFinding",),
-    "harvest": ("HarvestConfig", "Harvester", "harvest"),
+    "harvest": ("HarvestConfig", "Harvester", "run_harvest"),
     "models": ("ModelPair", "capture", "load_model", "load_pair", "replace"),
     "options": ("CorpusOptions", "ModelOptions", "RunOptions"),
     "report": ("build_report",),
@@ -67,10 +67,10 @@ __all__ = [
     "RunOptions",
     "TrainConfig",
     "TrainSaeConfig",
-    "audit",
+    "run_audit",
     "build_report",
     "capture",
-    "harvest",
+    "run_harvest",
     "load_dictionary",
     "load_model",
     "load_pair",

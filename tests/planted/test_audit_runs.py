@@ -20,7 +20,7 @@ from audit_world import (
     write_corpus,
 )
 from palimpsest.artifacts import open_artifact
-from palimpsest.audit import audit, measure
+from palimpsest.audit import measure, run_audit
 from palimpsest.dictionaries import load_dictionary
 from palimpsest.errors import ArtifactError, ConfigError, CorpusError, DictionaryError
 from palimpsest.models.sites import Head
@@ -161,17 +161,17 @@ def test_an_interrupted_audit_resumes_to_the_same_bytes(world, tmp_path, monkeyp
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 2)
-        audit(config_of(world, out, **options))
+        run_audit(config_of(world, out, **options))
     assert json.loads((out / "manifest.json").read_text())["status"] == "running"
     assert not (out / "audit.json").exists()
     with pytest.raises(ArtifactError, match="finish"):
         open_artifact(out, stage="audit")
     with pytest.raises(ArtifactError, match="--resume"):
-        audit(config_of(world, out, **options))
+        run_audit(config_of(world, out, **options))
     with monkeypatch.context() as patch:
         calls = interrupt(patch, 0)
         command = whole.json["command"]
-        audit(config_of(world, out, resume=True, **options), command=command)
+        run_audit(config_of(world, out, resume=True, **options), command=command)
     assert calls == ["letters", "digits"]
     for name in ("audit.json", "curve.parquet", "latents.parquet"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -183,19 +183,19 @@ def test_resuming_with_other_text_or_options_is_refused(world, tmp_path, monkeyp
     out = tmp_path / "run"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt(patch, 2)
-        audit(config_of(world, out, **changes))
+        run_audit(config_of(world, out, **changes))
     with pytest.raises(ArtifactError, match=r"config\.k\b"):
-        audit(config_of(world, out, resume=True, k=4, **changes))
+        run_audit(config_of(world, out, resume=True, k=4, **changes))
     write_corpus(tmp_path / "letters.jsonl", WORDS["letters"], seed=9)
     with pytest.raises(ArtifactError, match=r"inputs\.letters"):
-        audit(config_of(world, out, resume=True, **changes))
+        run_audit(config_of(world, out, resume=True, **changes))
     assert audited(world, out, overwrite=True, **changes).json["tasks"][0]["name"] == "letters"
 
 
 def test_resuming_a_finished_audit_runs_nothing(world, plain, monkeypatch):
     before = (plain.folder.path / "audit.json").read_bytes()
     calls = interrupt(monkeypatch, 1)
-    audit(config_of(world, plain.folder.path, kl=True, controls=True, resume=True))
+    run_audit(config_of(world, plain.folder.path, kl=True, controls=True, resume=True))
     assert calls == [] and (plain.folder.path / "audit.json").read_bytes() == before
 
 
@@ -288,9 +288,11 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path):
     ]
     for error, message, changes in cases:
         with pytest.raises(error, match=message):
-            audit(config_of(world, tmp_path / "run", **changes))
+            run_audit(config_of(world, tmp_path / "run", **changes))
         assert not (tmp_path / "run").exists(), message
     config = config_of(world, tmp_path / "run", site="resid_post.1", force_site=True, loss=False)
     assert (
-        audit(replace(config, task=config.task[:1])).read_json("audit.json")["site"] == "resid_post.1" != SITE
+        run_audit(replace(config, task=config.task[:1])).read_json("audit.json")["site"]
+        == "resid_post.1"
+        != SITE
     )

@@ -12,7 +12,7 @@ from pair_fixture import adapt, fine_tune, lora
 from palimpsest.artifacts import open_artifact
 from palimpsest.corpus import Corpus
 from palimpsest.errors import ArtifactError, ConfigError, SiteError
-from palimpsest.harvest import HarvestConfig, harvest
+from palimpsest.harvest import HarvestConfig, run_harvest
 from palimpsest.models import fingerprint, load_model, load_pair
 from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 from palimpsest.store import ActivationStore, StoreWriter
@@ -90,7 +90,7 @@ def places(folder, text):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_store_of_one_model(config, base, text, dtype):
-    artifact = harvest(config(store_dtype=dtype))
+    artifact = run_harvest(config(store_dtype=dtype))
     store = ActivationStore(artifact.path)
     assert (store.sites, store.models, store.d_model) == (CANONICAL, ["base"], 32)
     assert store.dtype == getattr(torch, dtype)
@@ -110,7 +110,7 @@ def test_a_store_of_a_pair(config, base, tuned, text, tmp_path, kind, tiny_token
         other, merged = tmp_path / "adapter", tmp_path / "merged"
         model.merge_and_unload().save_pretrained(merged)
         tiny_tokenizer.save_pretrained(merged)
-    artifact = harvest(config(tuned=str(other)))
+    artifact = run_harvest(config(tuned=str(other)))
     assert ActivationStore(artifact.path).models == ["base", "tuned"]
     for site in CANONICAL:
         acts = rows(artifact.path, site)[-1]
@@ -120,7 +120,7 @@ def test_a_store_of_a_pair(config, base, tuned, text, tmp_path, kind, tiny_token
 
 
 def test_the_manifest_says_where_rows_come_from(config, base, tuned, text):
-    manifest = harvest(config(tuned=str(tuned))).manifest
+    manifest = run_harvest(config(tuned=str(tuned))).manifest
     pair = load_pair(base, tuned)
     assert (manifest["stage"], manifest["status"]) == ("store", "complete")
     assert manifest["inputs"]["base"]["sha256"] == fingerprint(pair.base)
@@ -133,7 +133,7 @@ def test_the_manifest_says_where_rows_come_from(config, base, tuned, text):
 def test_an_interrupted_harvest_goes_on(config, tuned, monkeypatch, tuned_too):
     changes = {"tuned": str(tuned)} if tuned_too else {}
     monkeypatch.setattr("palimpsest.harvest.run.StoreWriter", partial(StoreWriter, shard_bytes=4000))
-    whole = harvest(config("whole", **changes))
+    whole = run_harvest(config("whole", **changes))
     shards = len(ActivationStore(whole.path).shards)
     append, calls = StoreWriter.append, []
 
@@ -145,7 +145,7 @@ def test_an_interrupted_harvest_goes_on(config, tuned, monkeypatch, tuned_too):
 
     monkeypatch.setattr(StoreWriter, "append", failing)
     with pytest.raises(KeyboardInterrupt):
-        harvest(config("cut", **changes))
+        run_harvest(config("cut", **changes))
     before = calls.copy()
     running = open_artifact(config("cut").run.out, stage="store", allow_running=True)
     kept = ActivationStore(running.path, allow_running=True)
@@ -153,11 +153,11 @@ def test_an_interrupted_harvest_goes_on(config, tuned, monkeypatch, tuned_too):
     with pytest.raises(ArtifactError):
         ActivationStore(running.path)
     with pytest.raises(ArtifactError, match="--resume"):
-        harvest(config("cut", **changes))
+        run_harvest(config("cut", **changes))
     with pytest.raises(ArtifactError, match="store_dtype"):
-        harvest(config("cut", resume=True, store_dtype="bfloat16", **changes))
+        run_harvest(config("cut", resume=True, store_dtype="bfloat16", **changes))
     calls.extend([set()] * 10)  # no further interruption
-    resumed = harvest(config("cut", resume=True, **changes))
+    resumed = run_harvest(config("cut", resume=True, **changes))
     stored = {int(d) for i in range(len(kept.shards)) for d in kept.labels(i)["document"].unique()}
     again = set().union(*calls[len(before) + 10 :])
     assert stored and not stored & again  # what was stored is not computed again
@@ -169,39 +169,39 @@ def test_an_interrupted_harvest_goes_on(config, tuned, monkeypatch, tuned_too):
 
 
 def test_a_finished_store_is_not_written_again(config, monkeypatch):
-    path = harvest(config()).path
+    path = run_harvest(config()).path
     before = (path / "manifest.json").read_bytes()
     with pytest.raises(ArtifactError, match="finished"):
-        harvest(config())
+        run_harvest(config())
 
     def never(*_, **__):
         raise AssertionError("a finished run was computed again")
 
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "append", never)
-        assert harvest(config(resume=True)).path == path
+        assert run_harvest(config(resume=True)).path == path
     assert (path / "manifest.json").read_bytes() == before
-    assert harvest(config(overwrite=True, site=("resid_pre.1",))).manifest["config"]["site"] == [
+    assert run_harvest(config(overwrite=True, site=("resid_pre.1",))).manifest["config"]["site"] == [
         "resid_pre.1"
     ]
 
 
 def test_what_makes_no_store(config, tuned, tmp_path):
     with pytest.raises(ConfigError, match="needs a site"):
-        harvest(config(site=()))
+        run_harvest(config(site=()))
     with pytest.raises(ConfigError, match="side by side"):
-        harvest(config(tuned=str(tuned), models=ModelOptions(one_at_a_time=True)))
+        run_harvest(config(tuned=str(tuned), models=ModelOptions(one_at_a_time=True)))
     with pytest.raises(SiteError, match="layers run from 0 to 1"):
-        harvest(config(site=("resid_post.0", "resid_post.2")))
+        run_harvest(config(site=("resid_post.0", "resid_post.2")))
     assert not (tmp_path / "store").exists()
     with pytest.raises(ConfigError, match="different sites"):
-        harvest(config(site=("resid_post.1", "resid_post.100%")))
+        run_harvest(config(site=("resid_post.1", "resid_post.100%")))
 
 
 def test_a_store_of_a_wider_site(config, base, text):
-    path = harvest(config(site=("mlp_act.0",))).path
+    path = run_harvest(config(site=("mlp_act.0",))).path
     assert ActivationStore(path).d_model == 64
     found = rows(path, "mlp_act.0")[-1]
     assert_close(found[:, 0], direct(base, text, "mlp_act.0"), rtol=1e-4, atol=1e-4)
     with pytest.raises(ConfigError, match=r"one width.*mlp_act\.0: 64, resid_post\.0: 32"):
-        harvest(config("mixed", site=("mlp_act.0", "resid_post.0")))
+        run_harvest(config("mixed", site=("mlp_act.0", "resid_post.0")))

@@ -13,7 +13,7 @@ from palimpsest.artifacts import open_artifact
 from palimpsest.corpus import Corpus
 from palimpsest.dictionaries import TrainConfig, load_dictionary, train_dictionary
 from palimpsest.errors import ArtifactError, ConfigError, NumericsError, SiteError
-from palimpsest.harvest import HarvestConfig, harvest
+from palimpsest.harvest import HarvestConfig, run_harvest
 from palimpsest.models import fingerprint, load_model
 from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 from palimpsest.store import ActivationStore
@@ -204,6 +204,6 @@ def test_a_store_of_a_pair_is_no_source(config, base, text, tiny_tokenizer, tmp_
     fields = {"corpus": (str(text),), "site": ("resid_post.0",)}
     tuned = fine_tune(base, tmp_path / "tuned", tiny_tokenizer)
     run = RunOptions(out=tmp_path / "pairs")
-    pairs = harvest(HarvestConfig(str(base), tuned=str(tuned), run=run, **fields)).path
+    pairs = run_harvest(HarvestConfig(str(base), tuned=str(tuned), run=run, **fields)).path
     with pytest.raises(ConfigError, match="two models side by side"):
         train_sae(config(store=pairs))

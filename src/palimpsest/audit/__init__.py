@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.audit.config import AuditConfig
 
 if TYPE_CHECKING:
-    from palimpsest.audit.run import audit
+    from palimpsest.audit.run import run_audit
 
-__all__ = ["AuditConfig", "audit"]
+__all__ = ["AuditConfig", "run_audit"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "audit":
-        from palimpsest.audit.run import audit
+    if name == "run_audit":
+        from palimpsest.audit.run import run_audit
 
-        return audit
+        return run_audit
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ class _Inputs:
     k_max: int
 
 
-def audit(config: AuditConfig, *, command: str | None = None) -> Artifact:
+def run_audit(config: AuditConfig, *, command: str | None = None) -> Artifact:
     """Measure what a fine-tune changed, and where: `docs/measures/overlap.md` defines every figure.
 
     Args:

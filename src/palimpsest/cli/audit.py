@@ -18,7 +18,7 @@ FLAT = Parameter(name="*")
 @app.default
 def audit(config: Annotated[AuditConfig, FLAT], *, display: Annotated[Display, FLAT] = Display()) -> None:  # noqa: B008
     """Run the audit, write its folder and its report, and print the answer."""
-    from palimpsest.audit import audit as run_audit
+    from palimpsest.audit import run_audit
     from palimpsest.report import build_report
 
     command = shlex.join(["palimpsest", *sys.argv[1:]]) if sys.argv[1:2] == ["audit"] else None

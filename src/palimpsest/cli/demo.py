@@ -75,9 +75,9 @@ def _dictionary(pair: Any, folder: Path, seed: int, scale: float) -> Path:
 
 
 def _audit(pair: Any, model: Path, dictionary: Path, folder: Path, seed: int) -> Any:
-    from palimpsest.audit import AuditConfig, audit
+    from palimpsest.audit import AuditConfig, run_audit
 
-    return audit(
+    return run_audit(
         AuditConfig(
             str(pair.base),
             str(model),

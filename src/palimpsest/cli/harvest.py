@@ -15,7 +15,7 @@ FLAT = Parameter(name="*")
 @app.default
 def harvest(config: Annotated[HarvestConfig, FLAT], *, display: Annotated[Display, FLAT] = Display()) -> None:  # noqa: B008
     """Write the store and say what it holds."""
-    from palimpsest.harvest import harvest as run_harvest
+    from palimpsest.harvest import run_harvest
 
     artifact = run_harvest(config)
     index = artifact.read_json("store.json")

@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.harvest.config import HarvestConfig
 
 if TYPE_CHECKING:
-    from palimpsest.harvest.run import harvest
+    from palimpsest.harvest.run import run_harvest
     from palimpsest.harvest.stream import Harvester, PairedTokens, activations
 
-_HOMES = {"harvest": "run", "Harvester": "stream", "PairedTokens": "stream", "activations": "stream"}
+_HOMES = {"run_harvest": "run", "Harvester": "stream", "PairedTokens": "stream", "activations": "stream"}
 
-__all__ = ["HarvestConfig", "Harvester", "PairedTokens", "activations", "harvest"]
+__all__ = ["HarvestConfig", "Harvester", "PairedTokens", "activations", "run_harvest"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ from palimpsest.store import StoreWriter
 Acts = dict[str, Float[Tensor, "tokens models d_model"]]
 
 
-def harvest(config: HarvestConfig) -> Artifact:
+def run_harvest(config: HarvestConfig) -> Artifact:
     """Write the activations of a model, or of both models side by side, to a store.
 
     Returns:
