@@ -32,7 +32,8 @@ format: $(STAMP)
 
 setup: $(STAMP)
 
-# torch goes first and pinned: chosen by the resolver it would bring several gigabytes of CUDA libraries.
+# torch goes first and pinned, so that no resolver picks another release. Whether the CPU or the CUDA build comes is up to
+# the configured package index; either works, and a CPU is enough.
 # sae-lens only checks our reader and writer of its format; without it those tests skip.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

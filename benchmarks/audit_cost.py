@@ -3,8 +3,10 @@
     python benchmarks/audit_cost.py [--zoo FOLDER] [--dictionary DICT] [--runs 5] [--out FILE.json]
 
 Audit and floor are timed in turn (interleaved), the median of the runs is reported. The floor runs both models over
-the very same padded batches (with the head, or stopped at the site for the truncated case) and calls
-`Dictionary.encode` on the same tokens, top-k included. Statistics and tables after the pass are timed apart.
+the very same padded batches (with the head on every position, or stopped at the site for the truncated case) and
+calls `Dictionary.encode` on the same tokens, top-k included. The audit's share is its pass: losses, overlap at every
+k, latents, examples. Reading and tokenising the text, intervals and tables come on top; the last lines time whole
+truncated audits in processes of their own, with their peak memory.
 """
 
 import argparse

@@ -15,10 +15,13 @@ def test_no_public_name_is_shadowed_by_a_submodule():
     assert not {*NAMES} & submodules
 
 
-@pytest.mark.parametrize("first", ["", "import palimpsest.audit.overlap, palimpsest.harvest.stream, palimpsest.train.run"])
+@pytest.mark.parametrize(
+    "first", ["", "import palimpsest.audit.overlap, palimpsest.harvest.stream, palimpsest.train.run"]
+)
 def test_public_names_resolve_to_functions_and_classes(first):
     script = f"{first}\nimport types, palimpsest\n" + "\n".join(
-        f"from palimpsest import {name}; assert not isinstance({name}, types.ModuleType), '{name}'" for name in NAMES
+        f"from palimpsest import {name}; assert not isinstance({name}, types.ModuleType), '{name}'"
+        for name in NAMES
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

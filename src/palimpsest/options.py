@@ -88,6 +88,9 @@ class ModelOptions:
     trust_remote_code: bool = False
     """Run Python code that a checkpoint ships. Off, because it executes whatever the author wrote."""
 
+    force_base: bool = False
+    """Read an adapter on a base that is not the one its configuration names."""
+
     one_at_a_time: bool = False
     """Hold one model in memory at a time: the base's readings are spooled to disk, then the tuned model runs."""
 

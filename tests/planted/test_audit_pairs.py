@@ -38,7 +38,7 @@ def test_a_model_against_itself_shows_nothing(world, tmp_path, tokens_per_batch)
         assert task["idr"] == 0 and task["ci"] == [0, 0] and task["p_exchange"] == 1
         assert task["churn_ratio"] is None and task["churn_ratio_ci"] == [None, None]
     assert not any(row["selected"] for row in found.latents)
-    assert found.json["warnings"] == []
+    assert found.json["warnings"] == ["The two models have the same weights."]
 
 
 def test_a_model_against_itself_in_other_batches_shows_only_rounding(world):

@@ -13,6 +13,7 @@ from pair_fixture import adapt, fine_tune, load_hf, lora, save
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.models import load_model, load_pair
 from palimpsest.models.tokenizers import shared_tokenizer
+from palimpsest.options import ModelOptions
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +45,9 @@ def edit_weights(path, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def refuse(base, tuned, reason):
+def refuse(base, tuned, reason, options=None):
     with pytest.raises(PairError, match=reason) as caught:
-        load_pair(base, tuned)
+        load_pair(base, tuned, options)
     assert caught.value.expected is not None or caught.value.found is not None
     return caught.value
 
@@ -88,14 +89,15 @@ def test_tokenizers_that_agree_give_the_bases(tiny_tokenizer):
 def test_an_adapter_whose_shapes_do_not_fit(base, tiny_llama, adapter, tmp_path, recorded):
     other = shutil.copytree(adapter, tmp_path / "adapter")
     edit_json(other / "adapter_config.json", base_model_name_or_path=recorded)
-    refuse(tiny_llama(hidden_size=48), other, "does not fit.*size mismatch")
-    error = refuse(tiny_llama(num_hidden_layers=3), other, "has no weights for some modules")
+    force = ModelOptions(force_base=True)
+    refuse(tiny_llama(hidden_size=48), other, "does not fit.*size mismatch", force)
+    error = refuse(tiny_llama(num_hidden_layers=3), other, "has no weights for some modules", force)
     assert "layers.2" in str(error.found)
     deeper = tmp_path / "deeper"
     adapt(tiny_llama(num_hidden_layers=3), deeper, lora())
     edit_json(deeper / "adapter_config.json", base_model_name_or_path=recorded)
-    assert "layers.2" in str(refuse(base, deeper, "modules that .* does not have").found)
-    assert load_pair(base, other).kind == "adapter"
+    assert "layers.2" in str(refuse(base, deeper, "modules that .* does not have", force).found)
+    assert load_pair(base, other, force).kind == "adapter"
 
 
 @pytest.mark.parametrize("name", ["other", "base"])

@@ -42,7 +42,7 @@ def store(base, text, tmp_path_factory):
         run=RunOptions(out=tmp_path_factory.mktemp("stores") / "store"),
         corpora=CorpusOptions(max_length=128),
     )
-    return harvest(config).path
+    return run_harvest(config).path
 
 
 @pytest.fixture

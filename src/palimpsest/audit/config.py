@@ -10,6 +10,9 @@ from cyclopts import Parameter
 from palimpsest.errors import ConfigError
 from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions, parse_assignment
 
+LARGEST_K = 256
+"""Longest lists that are compared."""
+
 
 @dataclass(frozen=True)
 class AuditConfig:
@@ -83,6 +86,12 @@ class AuditConfig:
                 found=self.k,
                 fix="Raise --k-max",
             )
+        if self.k_max > LARGEST_K:
+            raise ConfigError(
+                "k_max is too large: comparing two lists takes k² per token",
+                expected=f"at most {LARGEST_K}",
+                found=self.k_max,
+            )
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(
                 "confidence is no coverage", expected="0.5 up to below 1", found=self.confidence
@@ -109,7 +118,7 @@ class AuditConfig:
     @property
     def minimum_documents(self) -> int:
         """Documents below which a percentile interval of this confidence says nothing."""
-        return math.ceil(0.5 / (1 - self.confidence) - 1e-9)
+        return max(5, math.ceil(0.5 / (1 - self.confidence) - 1e-9))
 
     @property
     def out(self) -> Path:

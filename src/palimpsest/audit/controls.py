@@ -14,12 +14,13 @@ SAMPLE_TOKENS = 16384
 
 @torch.inference_mode()
 def control_dictionaries(
-    acts: Iterable[Float[Tensor, "tokens models d_model"]], n_latents: int, k: int, seed: int
+    acts: Iterable[Float[Tensor, "tokens models d_model"]], dictionary: Dictionary, seed: int
 ) -> dict[str, Dictionary]:
     """Random directions, principal components and neurons of a site, from the base's activations.
 
-    Each is centred on the mean activation and keeps its `k` strongest signed coordinates per token. `random` has
-    as many latents as the dictionary; the two orthonormal bases have `2 d_model` (a direction and its negative).
+    Each is centred on the mean activation and keeps as many of its strongest signed coordinates per token as the
+    dictionary has active latents (its k, or its mean L0). `random` has as many latents as the dictionary; the two
+    orthonormal bases have `2 d_model` (a direction and its negative).
     """
     sample: list[Tensor] = []
     seen = 0
@@ -32,10 +33,12 @@ def control_dictionaries(
     mean = rows.mean(0)
     d_model = rows.shape[1]
     centred = (rows - mean).double()
+    k = dictionary.k or dictionary.encode(rows[:1024].to(dictionary.device)).l0().float().mean().item()
+    k = max(1, round(k))
     components = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1).T.float()
     k_basis = min(k, d_model)
     return {
-        "random": Dictionary.random(d_model, n_latents, min(k, n_latents), mean=mean, seed=seed),
+        "random": Dictionary.random(d_model, dictionary.n_latents, k, mean=mean, seed=seed),
         "pca": Dictionary.basis(components.contiguous(), k_basis, mean=mean),
         "neurons": Dictionary.basis(torch.eye(d_model), k_basis, mean=mean),
     }

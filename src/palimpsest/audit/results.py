@@ -92,7 +92,7 @@ def audit_finding(
         layers_note=None
         if evidence.deltas is not None
         else "not measured: the two models were never in memory together (one_at_a_time)",
-        warnings=warnings(config, evidence.dictionary, corpora),
+        warnings=warnings(config, evidence.dictionary, corpora, _notes(evidence)),
     )
 
 
@@ -222,6 +222,18 @@ def _control_finding(name: str, estimates: dict[str, CorpusEstimates]) -> Contro
         if corpus != GENERAL
     ]
     return ControlFinding(name, datasets, tasks)
+
+
+def _notes(evidence: Evidence) -> list[str]:
+    """What is odd about the inputs, whatever the figures are."""
+    notes = list(evidence.pair.notes)
+    prints = evidence.fingerprints
+    if prints["base"] == prints["tuned"]:
+        notes.append("The two models have the same weights.")
+    own = evidence.dictionary.site
+    if own and evidence.pair.tuned.sites.canonical(own) != evidence.site:
+        notes.append(f"The dictionary was trained at {own} and is read at {evidence.site}.")
+    return notes
 
 
 def _layers(evidence: Evidence) -> list[dict[str, Any]] | None:

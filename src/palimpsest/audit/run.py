@@ -133,10 +133,11 @@ def _site(config: AuditConfig, dictionary: Dictionary, pair: ModelPair) -> str:
     site = asked or own
     assert site is not None
     sites.tap(site)
-    if dictionary.d_model != sites.d_model:
+    width = pair.base.width(site)
+    if dictionary.d_model != width:
         raise DictionaryError(
             f"{config.dictionary} does not fit {config.base}",
-            expected=f"a dictionary of width {sites.d_model}",
+            expected=f"a dictionary of width {width}, as {site} has",
             found=f"width {dictionary.d_model}",
             fix="Use a dictionary that was trained on this base model",
         )
@@ -183,8 +184,7 @@ def _measure(config: AuditConfig, inputs: _Inputs, entries: dict[str, Any], run:
 def _controls(config: AuditConfig, inputs: _Inputs, common: dict[str, Any]) -> list[Measure]:
     general = inputs.corpora[0][0]
     acts = activations(inputs.pair.base, general.batches(config.models.tokens_per_batch), inputs.site)
-    k = int(inputs.dictionary.k or inputs.k_max)
-    made = control_dictionaries(acts, inputs.dictionary.n_latents, k, config.run.seed)
+    made = control_dictionaries(acts, inputs.dictionary, config.run.seed)
     device = inputs.pair.base.device
     return [
         Measure(name, control.to(device), k_max=min(inputs.k_max, control.n_latents), latents=False, **common)

@@ -1,11 +1,14 @@
 """The audit in words: one answer, and what a reader must know before believing it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from scipy.stats import norm
+
 from palimpsest.audit.config import AuditConfig
 from palimpsest.dictionaries import Dictionary
-from palimpsest.findings import CorpusFinding, TaskFinding
+from palimpsest.findings import CorpusFinding, Range, TaskFinding
 
 FVE_LOSS = 0.1
 """A dictionary that explains this much less variance of the tuned model reads it through a worse lens."""
@@ -14,14 +17,17 @@ FVE_LOSS = 0.1
 def summary(config: AuditConfig, corpora: Sequence[CorpusFinding], tasks: Sequence[TaskFinding]) -> str:
     """What moved, in one sentence that claims no more than an uncalibrated audit can."""
     overlap = corpora[0].intersection_mean[str(config.k)] / (config.k if config.legacy else 1)
-    kept = f"general text keeps {overlap:.0%} of its top-{config.k} latents, {_extremes(tasks)}"
-    sentence = f"{_losses(corpora)}; {kept}." if config.loss else f"{kept}."
+    share = format(overlap, ".2%" if overlap > 0.99 else ".0%")
+    kept = f"general text keeps {share} of its top-{config.k} latents, {_extremes(config, tasks)}"
+    sentence = f"{_losses(config, corpora)}; {kept}." if config.loss else f"{kept}."
     return sentence[0].upper() + sentence[1:]
 
 
-def warnings(config: AuditConfig, dictionary: Dictionary, corpora: Sequence[CorpusFinding]) -> list[str]:
-    """Reasons to trust a figure less."""
-    found = []
+def warnings(
+    config: AuditConfig, dictionary: Dictionary, corpora: Sequence[CorpusFinding], notes: Sequence[str]
+) -> list[str]:
+    """Reasons to trust a figure less; `notes` are those of the pair."""
+    found = list(notes)
     for corpus in corpora:
         if corpus.blind:
             found.append(
@@ -50,28 +56,39 @@ def warnings(config: AuditConfig, dictionary: Dictionary, corpora: Sequence[Corp
     return found
 
 
-def _extremes(tasks: Sequence[TaskFinding]) -> str:
-    """The task that keeps least and the one that keeps most, as far as their intervals exclude 0."""
+def _extremes(config: AuditConfig, tasks: Sequence[TaskFinding]) -> str:
+    """The task that keeps least and the one that keeps most, where that is clear among this many tasks."""
+    clear = [task for task in tasks if _clear(task.idr, task.ci, config.confidence, len(tasks))]
     parts = []
-    for word, task in (
-        ("fewest", max(tasks, key=lambda t: t.idr)),
-        ("most", min(tasks, key=lambda t: t.idr)),
-    ):
-        if (task.ci[0] > 0) if word == "fewest" else (task.ci[1] < 0):
+    for word, best in (("fewest", max), ("most", min)):
+        found = [task for task in clear if (task.idr > 0) is (word == "fewest")]
+        if found:
+            task = best(found, key=lambda t: t.idr)
             parts.append(f"{task.name} the {word} (IDR {task.idr:+.1%})")
     return _join(parts) if parts else "and no task differs from it beyond sampling error"
 
 
-def _losses(corpora: Sequence[CorpusFinding]) -> str:
+def _losses(config: AuditConfig, corpora: Sequence[CorpusFinding]) -> str:
     groups: dict[str, list[str]] = {"fell": [], "rose": []}
     for corpus in corpora:
-        if corpus.delta_loss is None or corpus.delta_loss_ci is None:
-            continue
-        lo, hi = corpus.delta_loss_ci
-        if hi < 0 or lo > 0:
-            groups["fell" if hi < 0 else "rose"].append(f"{corpus.name} ({corpus.delta_loss:+.2f})")
+        value, bounds = corpus.delta_loss, corpus.delta_loss_ci
+        if (
+            value is not None
+            and bounds is not None
+            and _clear(value, bounds, config.confidence, len(corpora))
+        ):
+            groups["fell" if value < 0 else "rose"].append(f"{corpus.name} ({value:+.2f})")
     parts = [f"{word} on {_join(names)}" for word, names in groups.items() if names]
     return f"loss {' and '.join(parts)} nats per token" if parts else "no loss changed beyond sampling error"
+
+
+def _clear(value: float, bounds: Range, confidence: float, tests: int) -> bool:
+    """Whether an interval widened for `tests` looks (Bonferroni, normal tails) still excludes 0."""
+    if not value or not all(map(math.isfinite, (value, *bounds))):
+        return False
+    edge = bounds[0] if value > 0 else bounds[1]
+    wider = norm.isf((1 - confidence) / (2 * tests)) / norm.isf((1 - confidence) / 2)
+    return bool(abs(value) > abs(value - edge) * wider)
 
 
 def _join(parts: Sequence[str]) -> str:

@@ -212,6 +212,12 @@ def _roles(names: Sequence[str] | None) -> tuple[Role, ...] | None:
 
 
 def _check(options: CorpusOptions) -> None:
+    if options.all_positions and options.roles:
+        raise ConfigError(
+            "All positions and single roles contradict each other",
+            found=f"roles {', '.join(options.roles)} with all positions (--legacy measures all positions)",
+            fix="Leave one of them out",
+        )
     sizes = {"max_length": 2, "max_documents": 1, "answer_chars": 1}
     for name, least in sizes.items():
         value = getattr(options, name)

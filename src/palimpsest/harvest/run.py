@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -83,8 +82,7 @@ def run_harvest(config: HarvestConfig) -> Artifact:
 
 def _width(model: LanguageModel, sites: list[str]) -> int:
     """The width that all sites have; `mlp_act`, for one, is wider than the residual stream."""
-    probe = torch.zeros(1, 1, dtype=torch.long)
-    widths = {site: model.read(probe, [site]).acts[site].shape[-1] for site in sites}
+    widths = {site: model.width(site) for site in sites}
     if len(set(widths.values())) > 1:
         raise ConfigError(
             "A store holds sites of one width",

@@ -233,7 +233,9 @@ def _divergence(base: Tensor, tuned: Tensor) -> Tensor:
     shared = min(base.shape[-1], tuned.shape[-1])
     log_tuned = tuned[:, :shared].log_softmax(-1)
     log_base = base[:, :shared].to(tuned.device).log_softmax(-1)
-    return (log_tuned.exp() * (log_tuned - log_base)).sum(-1).cpu()
+    p = log_tuned.exp()
+    # Tokens that both models rule out have log-probabilities of -inf and weigh nothing.
+    return torch.where(p > 0, p * (log_tuned - log_base), 0.0).sum(-1).cpu()
 
 
 def _check_finite(acts: Tensor, who: str, site: str, batch: TokenBatch, kept: Tensor) -> None:

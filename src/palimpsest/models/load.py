@@ -1,9 +1,8 @@
 """Loading a base and its fine-tune: two checkpoints, two revisions, or an adapter on one set of weights."""
 
-import json
 import sys
-import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,13 +11,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from palimpsest.errors import ConfigError, PairError, PalimpsestError
-from palimpsest.log import log
+from palimpsest.errors import ConfigError, PairError
+from palimpsest.models.adapters import adapter_config, attach_adapter, check_adapter
 from palimpsest.models.pair import SIDES, LanguageModel, ModelPair, Side
 from palimpsest.models.sites import SiteMap
 from palimpsest.models.tokenizers import load_tokenizer, shared_tokenizer
 from palimpsest.models.verify import verify_sites
-from palimpsest.models.weights import adapter_prefix, is_adapter
+from palimpsest.models.weights import adapter_prefix
 from palimpsest.options import ModelOptions
 
 Location = str | Path
@@ -67,7 +66,7 @@ def load_pair(base: Location, tuned: Location, options: ModelOptions | None = No
         4
     """
     options = options or ModelOptions()
-    adapter = _adapter_config(tuned, options)
+    adapter = adapter_config(tuned, options.tuned_revision)
     base_tokenizer = load_tokenizer(base, options.revision, options)
     if adapter is not None:
         return _adapter_pair(base, tuned, adapter, base_tokenizer, options)
@@ -76,6 +75,7 @@ def load_pair(base: Location, tuned: Location, options: ModelOptions | None = No
         base_tokenizer, load_tokenizer(tuned, tuned_revision, options, required=False), str(base), str(tuned)
     )
     _check_dimensions(base, tuned, options, tuned_revision)
+    options = _one_dtype(base, options)
     loaders: dict[Side, Callable[[], LanguageModel]] = {
         "base": lambda: load_model(base, options, tokenizer=tokenizer),
         "tuned": lambda: _readable(str(tuned), _load_weights(tuned, tuned_revision, options), tokenizer),
@@ -85,6 +85,15 @@ def load_pair(base: Location, tuned: Location, options: ModelOptions | None = No
         for side in SIDES:
             pair.side(side)
     return pair
+
+
+def _one_dtype(base: Location, options: ModelOptions) -> ModelOptions:
+    """With dtype `auto`, both models in the base's: rounding one of them differently would look like a change."""
+    stored = str(getattr(_config(base, options.revision, options), "dtype", None) or "").removeprefix(
+        "torch."
+    )
+    known = stored in ("float32", "bfloat16", "float16")
+    return replace(options, dtype=stored) if options.dtype == "auto" and known else options
 
 
 def _readable(name: str, hf_model: nn.Module, tokenizer: Any) -> LanguageModel:
@@ -175,43 +184,12 @@ def _check_dimensions(base: Location, tuned: Location, options: ModelOptions, re
             )
 
 
-def _adapter_config(tuned: Location, options: ModelOptions) -> dict[str, Any] | None:
-    """The adapter's configuration when `tuned` is a PEFT adapter, else None."""
-    folder = Path(tuned)
-    if folder.is_dir():
-        path: str | None = (
-            str(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
-        )
-    elif folder.exists():
-        raise PairError(f"{tuned} is a file", expected="the folder of a model or an adapter, or a hub id")
-    else:
-        from transformers.utils.peft_utils import find_adapter_config_file
-
-        try:
-            path = find_adapter_config_file(str(tuned), revision=options.tuned_revision)
-        except OSError as error:
-            raise PairError(
-                f"There is no {tuned}",
-                expected="the folder of a model or an adapter, or a hub id",
-                found=" ".join(str(error).split())[:400],
-            ) from error
-    if path is None:
-        return None
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise PairError(f"{path} is not JSON", found=str(error)) from error
-    if not isinstance(config, dict):
-        raise PairError(f"{path} is no adapter configuration", expected="an object", found=str(config)[:80])
-    return config
-
-
 def _adapter_pair(
     base: Location, tuned: Location, config: dict[str, Any], tokenizer: Any, options: ModelOptions
 ) -> ModelPair:
-    _check_adapter(base, tuned, config)
+    notes = check_adapter(base, tuned, config, force=options.force_base)
     hf_model = _load_weights(base, options.revision, options)
-    peft_model = _attach(hf_model, base, tuned, options)
+    peft_model = attach_adapter(hf_model, base, tuned, options.tuned_revision)
     own = load_tokenizer(tuned, options.tuned_revision, options, required=False)
     tokenizer = shared_tokenizer(tokenizer, own, str(base), str(tuned))
     inner = peft_model.get_base_model()
@@ -223,91 +201,9 @@ def _adapter_pair(
     }
     for model in sides.values():
         verify_sites(model)
-    pair = ModelPair({side: lambda m=model: m for side, model in sides.items()}, tokenizer, kind="adapter")
+    pair = ModelPair(
+        {side: lambda m=model: m for side, model in sides.items()}, tokenizer, kind="adapter", notes=notes
+    )
     for side in SIDES:
         pair.side(side)
     return pair
-
-
-def _attach(hf_model: nn.Module, base: Location, tuned: Location, options: ModelOptions) -> Any:
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-
-    wrong = dict(
-        expected=f"an adapter trained on {base}", fix="Name the base model that the adapter was trained on"
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            peft_model = PeftModel.from_pretrained(hf_model, str(tuned), revision=options.tuned_revision)
-            weights = load_peft_weights(str(tuned), device="cpu")
-            loaded = set_peft_model_state_dict(peft_model, weights)
-    except PalimpsestError:
-        raise
-    except (RuntimeError, ValueError, KeyError, OSError, TypeError, SafetensorError) as error:
-        raise PairError(
-            f"The adapter {tuned} does not fit {base}", found=" ".join(str(error).split())[:400], **wrong
-        ) from error
-    if loaded.unexpected_keys:
-        raise PairError(
-            f"The adapter {tuned} changes modules that {base} does not have",
-            found=loaded.unexpected_keys[0],
-            **wrong,
-        )
-    if absent := [name for name in loaded.missing_keys if is_adapter(name, adapter_prefix(peft_model))]:
-        raise PairError(
-            f"The adapter {tuned} has no weights for some modules of {base} that it should change",
-            found=absent[0],
-            **wrong,
-        )
-    return peft_model.eval()
-
-
-def _check_adapter(base: Location, tuned: Location, config: dict[str, Any]) -> None:
-    """Refuse what cannot be switched off again, and an adapter whose recorded base is another model."""
-    if config.get("bias", "none") != "none":
-        raise PairError(
-            f"The adapter {tuned} also trained the base's own biases, which cannot be switched off",
-            expected='an adapter with bias "none"',
-            found=f'bias "{config["bias"]}"',
-            fix="Merge the adapter and audit the merged checkpoint",
-        )
-    if config.get("peft_type") in {
-        "PROMPT_TUNING",
-        "P_TUNING",
-        "PREFIX_TUNING",
-        "MULTITASK_PROMPT_TUNING",
-        "CPT",
-    }:
-        raise PairError(
-            f"The adapter {tuned} adds virtual tokens, so the two models do not read the same positions",
-            expected="an adapter that changes weights or activations, such as LoRA",
-            found=config["peft_type"],
-        )
-    recorded = config.get("base_model_name_or_path")
-    if not recorded:
-        return
-    candidates = [Path(recorded), Path(tuned).parent / recorded]
-    local = [path for path in candidates if (path / "config.json").is_file()]
-    mine = Path(base) / "config.json"
-    if local and mine.is_file() and not any(_same_weights(path, Path(base)) for path in local):
-        raise PairError(
-            f"The adapter {tuned} was trained on another base",
-            expected=f"{recorded}, as its adapter_config.json says",
-            found=str(base),
-            fix=f"Pass {recorded} as the base",
-        )
-    if Path(recorded).name != Path(base).name:
-        log.warning("The adapter %s names '%s' as its base; it is read on %s.", tuned, recorded, base)
-
-
-def _same_weights(a: Path, b: Path) -> bool:
-    """Whether two model folders hold the same files of weights, by size and head."""
-
-    def heads(folder: Path) -> list[tuple[str, int, bytes]]:
-        rows = []
-        for path in sorted(folder.glob("*.safetensors")):
-            with path.open("rb") as file:
-                rows.append((path.name, path.stat().st_size, file.read(1 << 20)))
-        return rows
-
-    return heads(a) == heads(b)

@@ -74,6 +74,10 @@ class LanguageModel:
         """Tokens that the model can read at once, where its configuration says so."""
         return getattr(self.text_config, "max_position_embeddings", None)
 
+    def width(self, site: str) -> int:
+        """Width of the activations at a site; `mlp_act`, for one, is wider than the residual stream."""
+        return self.read(torch.zeros(1, 1, dtype=torch.long), [site]).acts[site].shape[-1]
+
     @torch.inference_mode()
     def read(
         self, input_ids: Int[Tensor, "batch seq"], wanted: Sequence[str], *, head: bool = False
@@ -102,6 +106,7 @@ class ModelPair:
 
     Attributes:
         kind: `full` (two sets of weights) or `adapter` (one set, switched).
+        notes: What a reader of any result on this pair should know.
         one_at_a_time: Only one side is in memory; `side` loads it and drops the other.
     """
 
@@ -112,8 +117,10 @@ class ModelPair:
         *,
         kind: Literal["full", "adapter"],
         one_at_a_time: bool = False,
+        notes: Sequence[str] = (),
     ) -> None:
         self._loaders = loaders
+        self.notes = list(notes)
         self._loaded: dict[Side, LanguageModel] = {}
         self.tokenizer = tokenizer
         self.kind: Literal["full", "adapter"] = kind

@@ -38,7 +38,8 @@ def fingerprint(model: LanguageModel) -> str:
         if not model.adapter_on and is_adapter(name, model.adapter_prefix):
             continue
         flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // FINGERPRINT_VALUES)
+        # Odd, so that samples of a power-of-two matrix do not all lie in one column.
+        step = max(1, flat.numel() // FINGERPRINT_VALUES) | 1
         sample = flat[::step][:FINGERPRINT_VALUES].float().cpu().contiguous()
         digest.update(f"{_plain(name)}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())

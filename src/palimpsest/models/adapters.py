@@ -1,0 +1,151 @@
+"""PEFT adapters as the tuned side of a pair: recognised, checked against their base, attached."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from palimpsest.errors import PairError, PalimpsestError
+from palimpsest.models.weights import adapter_prefix, is_adapter
+
+Location = str | Path
+
+
+def adapter_config(tuned: Location, revision: str | None) -> dict[str, Any] | None:
+    """The adapter's configuration when `tuned` is a PEFT adapter, else None."""
+    folder = Path(tuned)
+    if folder.is_dir():
+        path: str | None = (
+            str(folder / "adapter_config.json") if (folder / "adapter_config.json").is_file() else None
+        )
+    elif folder.exists():
+        raise PairError(f"{tuned} is a file", expected="the folder of a model or an adapter, or a hub id")
+    else:
+        from transformers.utils.peft_utils import find_adapter_config_file
+
+        try:
+            path = find_adapter_config_file(str(tuned), revision=revision)
+        except OSError as error:
+            raise PairError(
+                f"There is no {tuned}",
+                expected="the folder of a model or an adapter, or a hub id",
+                found=" ".join(str(error).split())[:400],
+            ) from error
+    if path is None:
+        return None
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PairError(f"{path} is not JSON", found=str(error)) from error
+    if not isinstance(config, dict):
+        raise PairError(f"{path} is no adapter configuration", expected="an object", found=str(config)[:80])
+    return config
+
+
+def attach_adapter(hf_model: nn.Module, base: Location, tuned: Location, revision: str | None) -> Any:
+    """The model with the adapter's own weights, all of them and no others."""
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    wrong = dict(
+        expected=f"an adapter trained on {base}", fix="Name the base model that the adapter was trained on"
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft_model = PeftModel.from_pretrained(hf_model, str(tuned), revision=revision)
+            weights = load_peft_weights(str(tuned), device="cpu", revision=revision)
+            loaded = set_peft_model_state_dict(peft_model, weights)
+    except PalimpsestError:
+        raise
+    except (RuntimeError, ValueError, KeyError, OSError, TypeError, SafetensorError) as error:
+        raise PairError(
+            f"The adapter {tuned} does not fit {base}", found=" ".join(str(error).split())[:400], **wrong
+        ) from error
+    if loaded.unexpected_keys:
+        raise PairError(
+            f"The adapter {tuned} changes modules that {base} does not have",
+            found=loaded.unexpected_keys[0],
+            **wrong,
+        )
+    if absent := [name for name in loaded.missing_keys if is_adapter(name, adapter_prefix(peft_model))]:
+        raise PairError(
+            f"The adapter {tuned} has no weights for some modules of {base} that it should change",
+            found=absent[0],
+            **wrong,
+        )
+    return peft_model.eval()
+
+
+def check_adapter(
+    base: Location, tuned: Location, config: dict[str, Any], *, force: bool = False
+) -> list[str]:
+    """Refuse what cannot be switched off again, and an adapter whose recorded base is another model.
+
+    Returns:
+        Notes for the reader of a result: with `force`, that the recorded base is another one.
+    """
+    if config.get("bias", "none") != "none":
+        raise PairError(
+            f"The adapter {tuned} also trained the base's own biases, which cannot be switched off",
+            expected='an adapter with bias "none"',
+            found=f'bias "{config["bias"]}"',
+            fix="Merge the adapter and audit the merged checkpoint",
+        )
+    if config.get("peft_type") in {
+        "PROMPT_TUNING",
+        "P_TUNING",
+        "PREFIX_TUNING",
+        "MULTITASK_PROMPT_TUNING",
+        "CPT",
+    }:
+        raise PairError(
+            f"The adapter {tuned} adds virtual tokens, so the two models do not read the same positions",
+            expected="an adapter that changes weights or activations, such as LoRA",
+            found=config["peft_type"],
+        )
+    return _check_recorded_base(base, tuned, config.get("base_model_name_or_path"), force)
+
+
+def _check_recorded_base(base: Location, tuned: Location, recorded: str | None, force: bool) -> list[str]:
+    """Compare the base that the adapter names with the one given; returns what a reader should know."""
+    if not recorded:
+        return []
+    candidates = [Path(recorded), Path(tuned).parent / recorded]
+    local = [path for path in candidates if (path / "config.json").is_file()]
+    known = local and (Path(base) / "config.json").is_file()
+    same = (
+        any(_same_weights(path, Path(base)) for path in local)
+        if known
+        else Path(recorded).name == Path(base).name
+    )
+    if same:
+        return []
+    if not force:
+        raise PairError(
+            f"The adapter {tuned} was trained on another base",
+            expected=f"{recorded}, as its adapter_config.json says",
+            found=str(base),
+            fix=f"Pass {recorded} as the base, or --force-base if {base} is the same model under another name",
+        )
+    return [f"The adapter names {recorded} as its base; it was read on {base}."]
+
+
+def _same_weights(a: Path, b: Path) -> bool:
+    """Whether two model folders hold the same tensors, by name, shape and a sample; in any dtype and sharding."""
+
+    def samples(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+        found = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118
+                    part = handle.get_slice(name)
+                    shape = part.get_shape()
+                    row = part[shape[0] // 2 : shape[0] // 2 + 1].flatten()[:64]
+                    # Both at the precision of the narrower: a checkpoint saved again in float32 is the same model.
+                    found[name] = (shape, row.bfloat16().float().tolist())
+        return found
+
+    return samples(a) == samples(b)
