@@ -77,3 +77,15 @@ def test_both_sides_are_read_in_the_dtype_of_the_base(base, tmp_path):
     pair = load_pair(wide, narrow, ModelOptions(device_map="cpu"))
     assert pair.base.dtype == pair.tuned.dtype == torch.float32
     assert fingerprint(pair.base) == fingerprint(pair.tuned)
+
+
+def test_a_cpu_computes_in_float32_whatever_the_checkpoint_holds(base, adapter, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(base, narrow)
+    load_hf(base).to(torch.bfloat16).save_pretrained(narrow)
+    copy = shutil.copytree(adapter, tmp_path / "adapter")
+    record(copy, base)
+    for tuned in (base, copy):
+        pair = load_pair(narrow, tuned, ModelOptions(device="cpu"))
+        assert pair.base.dtype == pair.tuned.dtype == torch.float32
+    assert load_pair(narrow, base, ModelOptions(device="cpu", dtype="bfloat16")).tuned.dtype == torch.bfloat16

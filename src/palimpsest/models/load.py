@@ -88,12 +88,13 @@ def load_pair(base: Location, tuned: Location, options: ModelOptions | None = No
 
 
 def _one_dtype(base: Location, options: ModelOptions) -> ModelOptions:
-    """With dtype `auto`, both models in the base's: rounding one of them differently would look like a change."""
-    stored = str(getattr(_config(base, options.revision, options), "dtype", None) or "").removeprefix(
-        "torch."
-    )
-    known = stored in ("float32", "bfloat16", "float16")
-    return replace(options, dtype=stored) if options.dtype == "auto" and known else options
+    """What dtype `auto` means, decided by the base for both sides: rounding only one of them looks like a change."""
+    if options.dtype != "auto":
+        return options
+    if options.device_map is None and _device(options).type == "cpu":
+        return replace(options, dtype="float32")
+    stored = str(getattr(_config(base, options.revision, options), "dtype", None)).removeprefix("torch.")
+    return replace(options, dtype=stored) if stored in ("float32", "bfloat16", "float16") else options
 
 
 def _readable(name: str, hf_model: nn.Module, tokenizer: Any) -> LanguageModel:
@@ -109,9 +110,7 @@ def _load_weights(model: Location, revision: str | None, options: ModelOptions) 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     device = _device(options)
-    dtype: Any = options.dtype
-    if dtype == "auto" and options.device_map is None and device.type == "cpu":
-        dtype = "float32"
+    dtype: Any = _one_dtype(model, options).dtype
     kwargs: dict[str, Any] = {
         "revision": revision,
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
