@@ -11,6 +11,7 @@ truncated audits in processes of their own, with their peak memory.
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -169,7 +170,9 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     here = Path(__file__).resolve().parent
-    parser.add_argument("--zoo", type=Path, default=here.parents[1] / "shared" / "zoo")
+    parser.add_argument(
+        "--zoo", type=Path, default=Path(os.environ.get("PALIMPSEST_ZOO", here.parents[1] / "shared" / "zoo"))
+    )
     parser.add_argument(
         "--dictionary", type=Path, default=None, help="default: random directions, 4,096 latents, k 32"
     )

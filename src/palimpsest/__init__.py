@@ -12,8 +12,9 @@
 Names are imported when they are first used, so that importing the package costs nothing.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from palimpsest.lazy import lazy_names
 
 if TYPE_CHECKING:
     from palimpsest.artifacts import Artifact, open_artifact
@@ -81,8 +82,4 @@ __all__ = [
     "train_sae",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"palimpsest.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, _HOME)

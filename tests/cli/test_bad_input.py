@@ -78,7 +78,7 @@ def _poison(path):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def _refused(result, *names):
+def check_refused(result, *names):
     assert result.code == 2, result
     assert result.out == "", "standard output is for results"
     assert result.err.startswith("palimpsest ") and result.err.count("\n") == 1, result.err
@@ -110,7 +110,7 @@ CORPORA = {
 @pytest.mark.parametrize("case", CORPORA)
 def test_corpora(case, broken, call, audit_args, out):
     flags, names = CORPORA[case]
-    _refused(call(*audit_args, *flags, "--out", out), *names)
+    check_refused(call(*audit_args, *flags, "--out", out), *names)
     assert not out.exists()
 
 
@@ -149,7 +149,7 @@ PAIRS = {
 def test_models_and_dictionaries(case, broken, call, out):
     (base, tuned, dictionary), names = PAIRS[case]
     done = call("audit", base, tuned, "--dictionary", dictionary, *GENERAL, *TASK, "--out", out)
-    _refused(done, *names)
+    check_refused(done, *names)
     assert not out.exists()
 
 
@@ -159,7 +159,7 @@ def test_text_beyond_the_context_is_cut_and_said(broken, call):
     assert done.code == 0 and "context of 32 tokens" in done.err
     assert all(data["tokens"] <= 14 * 32 for data in json.loads(done.out)["datasets"])
     line = "harvest short --corpus math.jsonl --site resid_post.0 --out short-store"
-    _refused(call(*split(line)), "the context of short", "at most 32", "--max-length 32")
+    check_refused(call(*split(line)), "the context of short", "at most 32", "--max-length 32")
 
 
 FLAGS = {
@@ -214,7 +214,7 @@ def test_flags_and_config_files(case, broken, call, out):
         (broken / name).write_text(text)
     flags, names = FLAGS[case]
     start = ["audit", "base", "tuned", "--dictionary", "sae", *GENERAL, *TASK, "--out", out]
-    _refused(call(*start, *flags), *names)
+    check_refused(call(*start, *flags), *names)
     assert not out.exists()
 
 
@@ -239,15 +239,15 @@ def test_other_verbs(case, broken, call, out):
     if arguments[0] == "train":
         given["--model"] = "base"
     arguments += [part for flag, value in given.items() if flag not in arguments for part in (flag, value)]
-    _refused(call(*arguments), *names)
+    check_refused(call(*arguments), *names)
     assert not out.exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(broken, call, audit_args):
     before = sorted(path.name for path in (broken / "base").iterdir())
     for flags in ([], ["--overwrite"], ["--resume"]):
-        _refused(call(*audit_args, *GENERAL, *TASK, "--out", "base", *flags), "base is not empty")
-    _refused(call(*audit_args, *GENERAL, *TASK, "--out", "math.jsonl"), "math.jsonl is a file")
+        check_refused(call(*audit_args, *GENERAL, *TASK, "--out", "base", *flags), "base is not empty")
+    check_refused(call(*audit_args, *GENERAL, *TASK, "--out", "math.jsonl"), "math.jsonl is a file")
     assert sorted(path.name for path in (broken / "base").iterdir()) == before
 
 
@@ -265,15 +265,15 @@ def test_an_edited_run(name, finished, call):
     path.write_bytes(path.read_bytes() + b"\n")
     page = (finished / "report.html").read_bytes()
     for verb in ("info", "report"):
-        _refused(call(verb, "victim"), f"victim/{name} was changed")
+        check_refused(call(verb, "victim"), f"victim/{name} was changed")
     assert (finished / "report.html").read_bytes() == page
 
 
 def test_a_run_with_a_file_missing_or_a_damaged_manifest(finished, call):
     (finished / "curve.parquet").unlink()
-    _refused(call("report", "victim"), "curve.parquet is missing")
+    check_refused(call("report", "victim"), "curve.parquet is missing")
     (finished / "manifest.json").write_text('{"schema": 1, "stage"')
-    _refused(call("info", "victim"), "manifest.json")
+    check_refused(call("info", "victim"), "manifest.json")
 
 
 def test_an_edited_dictionary(broken, call, out):
@@ -283,15 +283,15 @@ def test_an_edited_dictionary(broken, call, out):
     content[-1] ^= 1
     path.write_bytes(content)
     arguments = ["audit", "base", "tuned", "--dictionary", "sae-edited", *GENERAL, *TASK, "--out", out]
-    _refused(call(*arguments), "dictionary.safetensors was changed")
+    check_refused(call(*arguments), "dictionary.safetensors was changed")
     assert not out.exists()
 
 
 def test_reading_what_is_no_run(broken, call):
-    _refused(call("report", "sae"), "sae", "Expected: audit", "Found: dictionary")
-    _refused(call("report", "nowhere"), "There is no folder nowhere")
-    _refused(call("info", "base"), "base holds no manifest.json")
-    _refused(call("info", "math.jsonl"), "math.jsonl is a file")
+    check_refused(call("report", "sae"), "sae", "Expected: audit", "Found: dictionary")
+    check_refused(call("report", "nowhere"), "There is no folder nowhere")
+    check_refused(call("info", "base"), "base holds no manifest.json")
+    check_refused(call("info", "math.jsonl"), "math.jsonl is a file")
 
 
 def test_an_unfinished_dictionary_is_refused(broken, call, out):
@@ -299,7 +299,7 @@ def test_an_unfinished_dictionary_is_refused(broken, call, out):
     manifest = json.loads((broken / "sae-half" / "manifest.json").read_text())
     (broken / "sae-half" / "manifest.json").write_text(json.dumps(manifest | {"status": "running"}))
     arguments = ["audit", "base", "tuned", "--dictionary", "sae-half", *GENERAL, *TASK, "--out", out]
-    _refused(call(*arguments), "sae-half is not finished")
+    check_refused(call(*arguments), "sae-half is not finished")
     assert not out.exists()
 
 
@@ -320,7 +320,7 @@ def test_a_full_disk(flags, small_disk, call, audit_args):
     out = small_disk / "run"
     arguments = [*audit_args, *flags, *GENERAL, *TASK, "code=code.jsonl", "--out", out]
     (small_disk / "ballast").write_bytes(b"x" * 60_000)
-    _refused(call(*arguments), "No space left on the disk", str(out))
+    check_refused(call(*arguments), "No space left on the disk", str(out))
     with pytest.raises(ArtifactError, match="not finished"):
         open_artifact(out)
     assert not [path for path in out.rglob("*") if path.name.endswith((".unfinished", ".tmp"))]
@@ -343,8 +343,8 @@ def test_a_disk_that_fills_while_the_results_are_written(broken, call, audit_arg
 
     monkeypatch.setattr(disk, "flush", flush)
     arguments = [*audit_args, *GENERAL, *TASK, "--out", "filled"]
-    _refused(call(*arguments), "No space left on the disk", "latents.parquet", "--resume")
+    check_refused(call(*arguments), "No space left on the disk", "latents.parquet", "--resume")
     assert not list((broken / "filled").glob("*latents*"))
-    _refused(call("report", "filled"), "filled")
+    check_refused(call("report", "filled"), "filled")
     monkeypatch.setattr(disk, "flush", real)
     assert call(*arguments, "--resume").code == 0 and call("info", "filled").code == 0

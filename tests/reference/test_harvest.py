@@ -10,30 +10,14 @@ import pytest
 import torch
 
 from helpers import assert_close, assert_not_close
-from pair_fixture import adapt, fine_tune, load_hf, lora, save
+from pair_fixture import adapt, load_hf, lora, save
 from palimpsest.corpus import Corpus
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.harvest import Harvester, activations
 from palimpsest.models import LanguageModel, load_model, load_pair
 from palimpsest.options import ModelOptions
-from text_fixture import write_words
 
 SITES = ["resid_post.0", "mlp_out.1"]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
-def tuned(base, tiny_tokenizer, tmp_path_factory):
-    return fine_tune(base, tmp_path_factory.mktemp("tuned"), tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.jsonl")
 
 
 @pytest.fixture

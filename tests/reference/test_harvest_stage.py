@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import assert_close, assert_not_close
-from pair_fixture import adapt, fine_tune, lora
+from pair_fixture import adapt, lora
 from palimpsest.artifacts import open_artifact
 from palimpsest.corpus import Corpus
 from palimpsest.errors import ArtifactError, ConfigError, SiteError
@@ -16,25 +16,9 @@ from palimpsest.harvest import HarvestConfig, run_harvest
 from palimpsest.models import fingerprint, load_model, load_pair
 from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 from palimpsest.store import ActivationStore, StoreWriter
-from text_fixture import write_words
 
 SITES = ("resid_post.50%", "blocks.1.hook_mlp_out")
 CANONICAL = ["resid_post.0", "mlp_out_post.1"]
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
-def tuned(base, tiny_tokenizer, tmp_path_factory):
-    return fine_tune(base, tmp_path_factory.mktemp("tuned"), tiny_tokenizer)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.jsonl")
 
 
 @pytest.fixture

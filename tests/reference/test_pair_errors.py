@@ -16,18 +16,6 @@ from palimpsest.models.tokenizers import shared_tokenizer
 from palimpsest.options import ModelOptions
 
 
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("lora") / "adapter"
-    adapt(base, folder, lora())
-    return folder
-
-
 @pytest.fixture
 def copy(base, tmp_path):
     return shutil.copytree(base, tmp_path / "copy")
@@ -45,7 +33,7 @@ def edit_weights(path, change):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def refuse(base, tuned, reason, options=None):
+def check_refused(base, tuned, reason, options=None):
     with pytest.raises(PairError, match=reason) as caught:
         load_pair(base, tuned, options)
     assert caught.value.expected is not None or caught.value.found is not None
@@ -53,8 +41,8 @@ def refuse(base, tuned, reason, options=None):
 
 
 def test_other_shapes(base, tiny_llama):
-    refuse(base, tiny_llama(hidden_size=48), "width differs.*hidden_size 32.*48")
-    refuse(base, tiny_llama(num_hidden_layers=3), "number of layers differs.*num_hidden_layers 2.*3")
+    check_refused(base, tiny_llama(hidden_size=48), "width differs.*hidden_size 32.*48")
+    check_refused(base, tiny_llama(num_hidden_layers=3), "number of layers differs.*num_hidden_layers 2.*3")
 
 
 def test_a_tokenizer_that_disagrees_names_the_first_id(base, copy):
@@ -65,7 +53,7 @@ def test_a_tokenizer_that_disagrees_names_the_first_id(base, copy):
     for low, high in ((100, 101), (50, 51)):
         vocab[by_id[low]], vocab[by_id[high]] = high, low
     path.write_text(json.dumps(content))
-    error = refuse(base, copy, "disagree at id 50")
+    error = check_refused(base, copy, "disagree at id 50")
     assert (error.expected, error.found) == (repr(by_id[50]), repr(by_id[51]))
 
 
@@ -76,7 +64,7 @@ def test_a_tokenizer_with_other_merges(base, copy):
     content["model"]["merges"] = []
     path.write_text(json.dumps(content))
     assert load_model(copy).tokenizer.get_vocab() == load_model(base).tokenizer.get_vocab()
-    refuse(base, copy, "split the same text differently at token")
+    check_refused(base, copy, "split the same text differently at token")
 
 
 def test_tokenizers_that_agree_give_the_bases(tiny_tokenizer):
@@ -90,13 +78,13 @@ def test_an_adapter_whose_shapes_do_not_fit(base, tiny_llama, adapter, tmp_path,
     other = shutil.copytree(adapter, tmp_path / "adapter")
     edit_json(other / "adapter_config.json", base_model_name_or_path=recorded)
     force = ModelOptions(force_base=True)
-    refuse(tiny_llama(hidden_size=48), other, "does not fit.*size mismatch", force)
-    error = refuse(tiny_llama(num_hidden_layers=3), other, "has no weights for some modules", force)
+    check_refused(tiny_llama(hidden_size=48), other, "does not fit.*size mismatch", force)
+    error = check_refused(tiny_llama(num_hidden_layers=3), other, "has no weights for some modules", force)
     assert "layers.2" in str(error.found)
     deeper = tmp_path / "deeper"
     adapt(tiny_llama(num_hidden_layers=3), deeper, lora())
     edit_json(deeper / "adapter_config.json", base_model_name_or_path=recorded)
-    assert "layers.2" in str(refuse(base, deeper, "modules that .* does not have", force).found)
+    assert "layers.2" in str(check_refused(base, deeper, "modules that .* does not have", force).found)
     assert load_pair(base, other, force).kind == "adapter"
 
 
@@ -106,10 +94,10 @@ def test_an_adapter_recorded_on_another_base(base, tiny_tokenizer, tiny_llama, t
     shutil.copytree(base, tmp_path / "base")
     other = shutil.copytree(tiny_llama(seed=8), tmp_path / "elsewhere" / name)
     adapt(tmp_path / "base", tmp_path / "adapter", lora())
-    refuse(other, tmp_path / "adapter", "trained on another base")
+    check_refused(other, tmp_path / "adapter", "trained on another base")
     assert load_pair(tmp_path / "base", tmp_path / "adapter").kind == "adapter"
     edit_json(tmp_path / "adapter" / "adapter_config.json", base_model_name_or_path="base")
-    refuse(other, tmp_path / "adapter", "trained on another base.*base, as its")
+    check_refused(other, tmp_path / "adapter", "trained on another base.*base, as its")
     twin = shutil.copytree(base, tmp_path / "twin")
     assert load_pair(twin, tmp_path / "adapter").kind == "adapter"
 
@@ -124,38 +112,38 @@ def test_adapters_that_cannot_be_switched(base, tmp_path):
         ("prefix", PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "PREFIX_TUNING"),
     ):
         adapt(base, tmp_path / name, config)
-        refuse(base, tmp_path / name, reason)
+        check_refused(base, tmp_path / name, reason)
 
 
 def test_places_that_hold_no_model(base, copy, tmp_path):
-    refuse(base, tmp_path / "nowhere", "There is no .*nowhere")
-    refuse(tmp_path / "nowhere", base, "nowhere")
-    refuse(base, base / "config.json", "is a file")
-    refuse(base / "config.json", base, "config.json")
-    refuse(base, "nobody/nothing", "nobody/nothing")
+    check_refused(base, tmp_path / "nowhere", "There is no .*nowhere")
+    check_refused(tmp_path / "nowhere", base, "nowhere")
+    check_refused(base, base / "config.json", "is a file")
+    check_refused(base / "config.json", base, "config.json")
+    check_refused(base, "nobody/nothing", "nobody/nothing")
     (tmp_path / "empty").mkdir()
-    refuse(base, tmp_path / "empty", "empty")
-    refuse(tmp_path / "empty", base, "empty")
+    check_refused(base, tmp_path / "empty", "empty")
+    check_refused(tmp_path / "empty", base, "empty")
     (copy / "config.json").write_text("{")
-    refuse(base, copy, "configuration")
+    check_refused(base, copy, "configuration")
 
 
 def test_weights_that_cannot_be_read(base, copy):
     path = copy / "model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    refuse(base, copy, "Cannot load the model")
+    check_refused(base, copy, "Cannot load the model")
     path.write_bytes(b"no safetensors")
-    refuse(base, copy, "Cannot load the model")
+    check_refused(base, copy, "Cannot load the model")
     path.unlink()
-    refuse(base, copy, "Cannot load the model.*no file named")
+    check_refused(base, copy, "Cannot load the model.*no file named")
     (copy / "pytorch_model.bin").write_bytes(b"123")
-    refuse(base, copy, "Cannot load the model")
+    check_refused(base, copy, "Cannot load the model")
 
 
 def test_a_checkpoint_that_lacks_weights_is_not_filled_with_random_ones(base, copy):
     edit_weights(copy / "model.safetensors", lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
-    error = refuse(base, copy, "lacks weights")
+    error = check_refused(base, copy, "lacks weights")
     assert error.found == "1 missing, such as model.layers.1.mlp.up_proj.weight"
 
 
@@ -184,7 +172,7 @@ def test_broken_adapters(base, adapter, tmp_path, file, content, reason):
     (broken / file).unlink()
     if content is not None:
         (broken / file).write_text(content)
-    refuse(base, broken, reason)
+    check_refused(base, broken, reason)
 
 
 def test_an_adapter_that_lacks_weights(base, adapter, tmp_path):
@@ -195,7 +183,7 @@ def test_an_adapter_that_lacks_weights(base, adapter, tmp_path):
             del weights[name]
 
     edit_weights(broken / "adapter_model.safetensors", change)
-    assert "layers.1.mlp.up_proj" in str(refuse(base, broken, "has no weights for some modules").found)
+    assert "layers.1.mlp.up_proj" in str(check_refused(base, broken, "has no weights for some modules").found)
 
 
 def test_nan_weights(base, adapter, tiny_tokenizer, copy, tmp_path):

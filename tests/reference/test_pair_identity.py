@@ -12,18 +12,6 @@ from palimpsest.models import fingerprint, load_pair, weight_deltas
 from palimpsest.options import ModelOptions
 
 
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
-def adapter(base, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("identity") / "adapter"
-    adapt(base, folder, lora())
-    return folder
-
-
 def record(folder, base):
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import assert_close, assert_not_close
-from pair_fixture import adapt, fine_tune, load_hf, lora, save
+from pair_fixture import adapt, load_hf, lora, save
 from palimpsest.errors import PairError
 from palimpsest.models import fingerprint, load_model, load_pair, tlens_from_site, weight_deltas
 from palimpsest.options import ModelOptions
@@ -32,11 +32,6 @@ def losses(side, ids):
 def hf_losses(folder, ids):
     logits = load_hf(folder)(input_ids=ids).logits[:, :-1].flatten(0, 1)
     return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return tiny_llama()
 
 
 ADAPTERS = ["lora", "rslora", "dora", "head", "embeddings", "modules_to_save", "tokens", "ia3"]
@@ -74,11 +69,6 @@ def lora_folder(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora") / "adapter"
     adapt(base, folder, lora())
     return folder
-
-
-@pytest.fixture(scope="module")
-def tuned(base, tiny_tokenizer, tmp_path_factory):
-    return fine_tune(base, tmp_path_factory.mktemp("tuned"), tiny_tokenizer)
 
 
 def test_an_adapter_pair_is_the_pair_with_the_merged_checkpoint(base, adapter, ids):

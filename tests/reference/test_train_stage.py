@@ -18,19 +18,8 @@ from palimpsest.models import fingerprint, load_model
 from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 from palimpsest.store import ActivationStore
 from palimpsest.train import TrainSaeConfig, train_sae
-from text_fixture import write_words
 
 BATCH, STEPS = 128, 20
-
-
-@pytest.fixture(scope="module")
-def base(tiny_llama):
-    return tiny_llama()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    return write_words(tmp_path_factory.mktemp("text") / "words.jsonl")
 
 
 @pytest.fixture(scope="module")

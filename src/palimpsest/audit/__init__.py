@@ -4,19 +4,14 @@
 `latent_table` and `results` write findings, `run` is the stage. Importing this package costs no torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from palimpsest.audit.config import AuditConfig
+from palimpsest.lazy import lazy_names
 
 if TYPE_CHECKING:
     from palimpsest.audit.run import run_audit
 
 __all__ = ["AuditConfig", "run_audit"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "run_audit":
-        from palimpsest.audit.run import run_audit
-
-        return run_audit
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_names(__name__, {"run_audit": "run"})

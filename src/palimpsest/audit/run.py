@@ -13,8 +13,9 @@ from palimpsest.audit.measure import Size, measure_corpora, survey
 from palimpsest.audit.results import MAIN, Evidence, audit_finding, estimates_of, write_tables
 from palimpsest.audit.sums import Measure
 from palimpsest.corpus import Corpus
+from palimpsest.corpus.rows import parse_source
 from palimpsest.dictionaries import Dictionary, load_dictionary
-from palimpsest.errors import CorpusError, DictionaryError
+from palimpsest.errors import DictionaryError
 from palimpsest.harvest import Harvester, activations
 from palimpsest.log import log
 from palimpsest.models import ModelPair, fingerprint, load_pair, weight_deltas
@@ -78,9 +79,7 @@ def default_command(config: AuditConfig) -> str:
 
 def _open(config: AuditConfig) -> _Inputs:
     for source in (config.general, *(source for _, source in config.tasks)):
-        # Said now, before minutes of loading.
-        if source.startswith(("/", ".")) and not Path(source).exists():
-            raise CorpusError(f"There is no corpus at {source}", fix="Check the path")
+        parse_source(source)  # a wrong path is said now, before minutes of loading
     dictionary = load_dictionary(config.dictionary)
     pair = load_pair(config.base, config.tuned, config.models)
     site = _site(config, dictionary, pair)

@@ -5,8 +5,9 @@ Names are loaded on first use, so that `TrainConfig` can be read without importi
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from palimpsest.lazy import lazy_names
 
 if TYPE_CHECKING:
     from palimpsest.dictionaries.codes import Codes, TopList
@@ -27,19 +28,16 @@ __all__ = [
     "train_dictionary",
 ]
 
-_HOMES = {
-    "Codes": "codes",
-    "TopList": "codes",
-    "Dictionary": "dictionary",
-    "TrainConfig": "config",
-    "checkpoint_position": "train",
-    "train_dictionary": "train",
-    "load_dictionary": "formats",
-    "save_saelens": "saelens",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "Codes": "codes",
+        "TopList": "codes",
+        "Dictionary": "dictionary",
+        "TrainConfig": "config",
+        "checkpoint_position": "train",
+        "train_dictionary": "train",
+        "load_dictionary": "formats",
+        "save_saelens": "saelens",
+    },
+)
