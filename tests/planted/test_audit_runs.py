@@ -280,7 +280,7 @@ def test_bad_input_is_refused_before_anything_is_written(world, tmp_path):
     few = write_corpus(tmp_path / "few.jsonl", WORDS["letters"], documents=5)
     cases = [
         (CorpusError, "too few documents", {"task": (f"few={few}",)}),
-        (CorpusError, "no corpus at", {"general": str(tmp_path / "missing.jsonl")}),
+        (CorpusError, "missing.jsonl does not exist", {"general": str(tmp_path / "missing.jsonl")}),
         (DictionaryError, "another site", {"site": "resid_post.1"}),
         (DictionaryError, "larger than the number of latents", {"k": 97, "k_max": 120}),
         (ConfigError, "different names", {"task": (f"general={few}",)}),
