@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from scipy import stats
 
 KS = list(range(1, 33))
 HOSTILE = [
@@ -75,6 +77,7 @@ def _dataset(name: str, legacy: bool) -> dict[str, Any]:
     return {
         "name": name, "role": "general" if name == "general" else "task", "source": f"{name}.audit.jsonl",
         "documents": 400, "tokens": 61234, "skipped_tokens": 17 if name == "code" else 0, "bad_rows": 0,
+        "short_tokens": 0,
         "intersection_mean": {str(k): v for k, v in means.items()},
         "ci": {str(k): _ends(v, 0.004 * u) for (k, v), u in zip(means.items(), unit, strict=True)},
         "list_length_share": 0.0021, "value_change": 0.162, "value_change_ci": [0.158, 0.167],
@@ -127,8 +130,23 @@ def _control(name: str, shift: float) -> dict[str, Any]:
     return {"name": name, "datasets": datasets, "tasks": tasks}
 
 
-def make_audit(*, legacy: bool = False) -> dict[str, Any]:
-    """The content of audit.json: three tasks, 32 ks, controls and layers."""
+def make_audit(*, legacy: bool = False, calibrated: bool = False, refused: bool = False) -> dict[str, Any]:
+    """The content of audit.json: three tasks, 32 ks, controls and layers; `calibrated` adds verdicts."""
+    audit = _uncalibrated(legacy)
+    if calibrated:
+        calibration = make_calibration(refused=refused)
+        found = {one["name"]: one for one in calibration["domains"]}
+        for task in audit["tasks"]:
+            domain = found[task["name"]]
+            features = domain["features"] or {"residual": None, "z": None, "p": None}
+            task.update({key: domain[key] for key in ("q", "kind", "declared", "verdict")})
+            task.update(calibrated=features["residual"], z=features["z"], p_null=features["p"])
+        audit["calibration"] = calibration
+        audit["summary"] = f"{calibration['sentence']} {audit['summary']}"
+    return audit
+
+
+def _uncalibrated(legacy: bool) -> dict[str, Any]:
     return {
         "schema": 1,
         "summary": "On these documents the fine-tune changed code text most: its loss rose by 0.49 nats per "
@@ -153,8 +171,149 @@ def make_audit(*, legacy: bool = False) -> dict[str, Any]:
             {"layer": layer, "norm_base": 61.2 + i, "norm_delta": 4.1 + i / 2, "relative": 0.067 + 0.011 * i}
             for i, layer in enumerate([0, 1, 2, 3, None])
         ],
-        "layers_note": None, "latents": "latents.parquet", "curve": "curve.parquet",
+        "layers_note": None, "latents": "latents.parquet", "curve": "curve.parquet", "calibration": None,
     }  # fmt: skip
+
+
+_SITES = [(site, k) for site in ("resid_post.1", "resid_post.2") for k in (5, 1, 20)]
+# name: level and slope of c_D over drift, level and slope of the loss over drift, what the family's own text adds
+_NULLS = {
+    "general": (0.02, 0.01, 0.36, 0.17, (-0.12, -0.09)),
+    "math": (-0.04, -0.02, 0.31, 0.14, (-0.28, -0.31)),
+    "code": (0.13, 0.03, 0.29, 0.13, (-0.22, -0.36)),
+    "web": (0.12, 0.02, 0.37, 0.17, (-0.09, -0.08)),
+}
+_VERDICTS = {
+    "general": (
+        "clear", "unchanged",
+        "general: unchanged: its loss changed by +0.35 nats per token where innocent fine-tunes of this drift "
+        "change it by +0.28 to +0.46, and its features did not move beyond theirs (z +0.1).",
+    ),
+    "math": (
+        "declared-and-seen", "specialised",
+        "math: specialised, as declared: its loss fell by 0.20 nats per token where innocent fine-tunes of this "
+        "drift change it by +0.22 to +0.40, and its features moved less than theirs (z −11.7).",
+    ),
+    "code": (
+        "damaged", "damaged",
+        "code: damaged: its loss rose by 0.49 nats per token where innocent fine-tunes of this drift change it by "
+        "+0.21 to +0.34, and its features did not move beyond theirs (z +0.5).",
+    ),
+    "web": (
+        "undeclared", "shifted",
+        "web: shifted, undeclared: its features moved less than those of innocent fine-tunes of this drift "
+        "(z −5.7), and its loss changed by +0.36 nats per token where they change it by +0.28 to +0.47.",
+    ),
+}  # fmt: skip
+
+
+def _points(rng: np.random.Generator) -> list[dict[str, Any]]:
+    points = []
+    for family in _NULLS:
+        for i in range(6):
+            drift, lora = float(rng.uniform(-3.1, -1.5)), i % 3 == 2
+            values: dict[str, dict[str, float]] = {"features": {}, "loss": {}}
+            for name, (level, slope, loss, rise, own) in _NULLS.items():
+                extra = own if name == family else (0.0, 0.0)
+                at = drift + 2.06
+                values["features"][name] = level + slope * at + extra[0] + float(rng.normal(0, 0.025))
+                values["loss"][name] = loss + rise * at + extra[1] + float(rng.normal(0, 0.04))
+            points.append(
+                {
+                    "name": f"{family}-{i}", "family": family, "method": "lora" if lora else "full",
+                    "lr": (3e-3 if lora else 2e-4) / (1 + i % 2), "steps": 60 + 30 * (i % 3), "drift": drift,
+                    **values,
+                }
+            )  # fmt: skip
+    return points
+
+
+def _null_test(x: np.ndarray, y: np.ndarray, at: float, value: float) -> dict[str, Any]:
+    """Regression of the nulls on drift, and where the suspect lies beside it."""
+    n, centre = len(x), x.mean()
+    sxx = ((x - centre) ** 2).sum()
+    slope = ((x - centre) * y).sum() / sxx
+    rest = y - y.mean() - slope * (x - centre)
+    spread = np.sqrt((rest**2).sum() / (n - 2))
+    expected = float(y.mean() + slope * (at - centre))
+    error = float(spread * np.sqrt(1 + 1 / n + (at - centre) ** 2 / sxx))
+    left_out = np.abs(rest / (1 - 1 / n - (x - centre) ** 2 / sxx))
+    residual, half = value - expected, float(stats.t.isf(0.025, n - 2)) * error
+    p = float(2 * stats.t.sf(abs(residual) / error, n - 2))
+    return {
+        "statistic": value, "expected": expected, "residual": residual,
+        "ci": _ends(residual, 0.03), "band": [expected - half, expected + half], "z": residual / error,
+        "p": p, "p_rank": float((1 + (left_out >= abs(residual)).sum()) / (n + 1)),
+        "p_adjusted": min(1.0, 2 * p), "rejects": 2 * p < 0.01, "nulls": n,
+    }  # fmt: skip
+
+
+def _domain(name: str, points: list[dict[str, Any]], change: dict[str, float]) -> dict[str, Any]:
+    used = [point for point in points if point["family"] != name]
+    drift = np.array([point["drift"] for point in used])
+    others = [value for other, value in change.items() if other != name]
+    observed = {"features": change[name] - float(np.median(others)), "loss": _WORLD[name][2]}
+    tests = {
+        key: _null_test(drift, np.array([point[key][name] for point in used]), change["general"], value)
+        for key, value in observed.items()
+    }
+    verdict, kind, sentence = _VERDICTS[name]
+    p = min(test["p_adjusted"] for test in tests.values())
+    return {
+        "name": name, "role": "general" if name == "general" else "task", "declared": name == "math", **tests,
+        "p": p, "q": min(1.0, p * 4 / 3), "p_max": 0.0005 if name in ("math", "web") else 0.6132,
+        "kind": kind, "verdict": verdict, "sentence": sentence, "refused": None,
+    }  # fmt: skip
+
+
+def make_calibration(*, refused: bool = False) -> dict[str, Any]:
+    """The key `calibration` of audit.json: 24 nulls in four families and one that diverged.
+
+    Math is declared and seen, web undeclared, code damaged, general clear; `refused` takes web's verdict away.
+    """
+    rng = np.random.default_rng(3)
+    points = _points(rng)
+    change = {name: float(np.log(1 - _overlap(name, False)[5])) for name in _WORLD}
+    domains = [_domain(name, points, change) for name in _WORLD]
+    if refused:
+        why = "5 nulls judge it and 7 are needed at level 0.05: run `palimpsest battery calibrate --nulls 34`"
+        domains[-1].update(
+            dict.fromkeys(("features", "loss", "p", "q", "p_max", "kind")),
+            verdict="refused", refused=why, sentence=f"web: no verdict: {why}.",
+        )  # fmt: skip
+    drifts = [point["drift"] for point in points]
+    z = {one["name"]: (one["features"] or {"z": 0.4})["z"] for one in domains}
+    return {
+        "battery": {"path": "battery", "sha256": "cd" * 32}, "source": "trained", "alpha": 0.05,
+        "declared": ["math"], "nulls": 24, "families": dict.fromkeys(_NULLS, 6),
+        "excluded": [{"name": "code-6", "family": "code", "reason": "its loss diverged at step 12"}],
+        "drift": {"suspect": change["general"], "nulls": [min(drifts), max(drifts)]}, "extrapolated": False,
+        "domains": domains,
+        "grid": [
+            {"name": name, "site": site, "k": k, "z": z[name] + (float(rng.normal(0, 0.7)) if i else 0.0)}
+            for name in _WORLD
+            for i, (site, k) in enumerate(_SITES)
+        ],
+        "by_family": [
+            {
+                "name": name, "family": family, "nulls": 6,
+                "features": float(rng.normal(0, 0.01)) + (own[0] if name == family else 0.0),
+                "loss": float(rng.normal(0, 0.015)) + (own[1] if name == family else 0.0),
+            }
+            for name, (*_, own) in _NULLS.items()
+            for family in _NULLS
+        ],
+        "points": points, "spectrum": None,
+        "sentence": "Undeclared: web (shifted); declared and seen: math (specialised); damaged: code; unchanged: "
+        "general (24 nulls).",
+    }  # fmt: skip
+
+
+def make_spectrum() -> dict[str, Any]:
+    """What `calibration.spectrum` holds when rotations of the weight change were asked for."""
+    rows = [("general", 0.31, 0.76), ("math", -7.9, 2e-7), ("code", 0.66, 0.52), ("web", -3.8, 0.0013)]
+    domains = [{"name": name, "z": z, "p": p, "residual": 0.02 * z} for name, z, p in rows]
+    return {"nulls": 16, "drift": {"suspect": -2.06, "nulls": [-2.11, -2.02]}, "domains": domains}
 
 
 def make_curve(*, legacy: bool = False) -> pa.Table:
@@ -225,7 +384,33 @@ def make_latents(count: int = 80) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=LATENT_SCHEMA)
 
 
-def make_hostile() -> tuple[dict[str, Any], pa.Table, pa.Table]:
+def _hostile_calibration(renamed: dict[str, str]) -> dict[str, Any]:
+    found = make_calibration()
+    found["spectrum"] = make_spectrum()
+    for row in [*found["domains"], *found["grid"], *found["by_family"], *found["spectrum"]["domains"]]:
+        row["name"] = renamed[row["name"]]
+    for row in [*found["by_family"], *found["points"]]:
+        row["family"] = renamed[row["family"]]
+    for i, row in enumerate(found["grid"]):
+        row["site"] = HOSTILE[i % 2]
+    for i, one in enumerate(found["domains"]):
+        one.update(sentence=HOSTILE[i], kind=HOSTILE[i + 4], role=HOSTILE[i + 1])
+    found["domains"][0]["verdict"] = HOSTILE[2]
+    found["domains"][1].update(features=None, refused=HOSTILE[9])
+    for i, point in enumerate(found["points"]):
+        point.update(name=HOSTILE[i % 10], method=HOSTILE[(i + 1) % 10])
+        for key in ("features", "loss"):
+            point[key] = {renamed[name]: value for name, value in point[key].items()}
+    found.update(
+        families={renamed[name]: n for name, n in found["families"].items()},
+        excluded=[{"name": text, "family": text, "reason": text} for text in HOSTILE],
+        declared=list(HOSTILE), source=HOSTILE[1], sentence=" ".join(HOSTILE[:9]),
+        battery={"path": HOSTILE[0], "sha256": HOSTILE[3]}, extrapolated=True,
+    )  # fmt: skip
+    return found
+
+
+def make_hostile(*, calibrated: bool = False) -> tuple[dict[str, Any], pa.Table, pa.Table]:
     """The same audit with markup, control characters and endless words in every text."""
     audit, curve, latents = make_audit(), make_curve(), make_latents(len(HOSTILE))
     renamed = {name: f"{name} {HOSTILE[i]}" for i, name in enumerate(_WORLD)}
@@ -235,6 +420,8 @@ def make_hostile() -> tuple[dict[str, Any], pa.Table, pa.Table]:
         *(x for c in audit["controls"] for x in c["datasets"] + c["tasks"]),
     ]:
         item["name"] = renamed[item["name"]]
+    if calibrated:
+        audit["calibration"] = _hostile_calibration(renamed)
     for key in ("summary", "command", "site", "layers_note"):
         audit[key] = " ".join(HOSTILE[:9])
     audit["warnings"] = list(HOSTILE)
@@ -277,3 +464,39 @@ def write_audit(
         if finish:
             run.finish()
     return path
+
+
+class Page(HTMLParser):
+    """Collects what a browser would act on: elements, attributes, scripts and visible text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.scripts: list[str] = []
+        self.styles: list[str] = []
+        self.words: list[str] = []
+        self._inside = ""
+        self.feed(source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside == "style":
+            self.styles.append(data)
+        else:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())

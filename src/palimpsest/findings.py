@@ -36,12 +36,12 @@ class CorpusFinding:
     value_change_ci: Range
     fve: dict[str, float]
     l0: dict[str, float]
-    r2_delta: float
-    """1 - E‖Δh - (z_f - z_b) W_dec‖² / E‖Δh‖²."""
-    r2_delta_ci: Range
-    blind: bool
-    relative_drift: float
-    relative_drift_ci: Range
+    r2_delta: float | None = None
+    """1 - E‖Δh - (z_f - z_b) W_dec‖² / E‖Δh‖²; None where a battery keeps no activations of its base."""
+    r2_delta_ci: Range | None = None
+    blind: bool = False
+    relative_drift: float | None = None
+    relative_drift_ci: Range | None = None
     loss: dict[str, float] | None = None
     delta_loss: float | None = None
     delta_loss_ci: Range | None = None
@@ -66,8 +66,8 @@ class TaskFinding:
     """Smallest true |idr| that these documents would show with 80 % probability."""
     p_exchange: float
     """Permutation of documents: do the two texts behave differently? Fragility alone makes this small."""
-    relative_drift: float
-    relative_drift_ci: Range
+    relative_drift: float | None = None
+    relative_drift_ci: Range | None = None
     delta_loss: float | None = None
     delta_loss_ci: Range | None = None
     kl: float | None = None
@@ -79,6 +79,102 @@ class TaskFinding:
     kind: str | None = None
     declared: bool | None = None
     verdict: str | None = None
+
+
+@dataclass(frozen=True)
+class NullTest:
+    """One statistic of one corpus beside what innocent fine-tunes of the same drift give."""
+
+    statistic: float
+    """c_D for features, Δloss in nats per token for the loss."""
+    expected: float
+    """The nulls' regression at the drift of the suspect."""
+    residual: float
+    """statistic - expected: the calibrated figure."""
+    ci: Range
+    """Interval of the residual over documents and nulls."""
+    band: Range
+    """Where the statistic of an innocent fine-tune of this drift falls with probability 1 - alpha."""
+    z: float
+    """Residual over the prediction's standard deviation."""
+    p: float
+    """Two-sided t tail of z."""
+    p_rank: float
+    """Two-sided rank among the leave-one-out residuals of the nulls; never below 1 / (nulls + 1)."""
+    p_adjusted: float
+    """p after Holm's correction within the corpus."""
+    rejects: bool
+    nulls: int
+    """How many nulls calibrate this corpus: those that were not trained on its kind of text."""
+
+
+@dataclass(frozen=True)
+class DomainFinding:
+    """The verdict on one corpus, the general one included."""
+
+    name: str
+    role: str
+    declared: bool
+    features: NullTest | None = None
+    loss: NullTest | None = None
+    p: float | None = None
+    """Smaller Holm-adjusted p of the two tests."""
+    q: float | None = None
+    """p after Benjamini-Hochberg over the corpora."""
+    p_max: float | None = None
+    """Family-wise p of the largest |z| over every site and k."""
+    kind: str | None = None
+    """`specialised`, `damaged`, `shifted` or `unchanged`; None where the verdict was refused."""
+    verdict: str = "refused"
+    sentence: str = ""
+    refused: str | None = None
+    """Why there is no verdict."""
+
+
+@dataclass(frozen=True)
+class CalibrationFinding:
+    """What the nulls say of the whole audit."""
+
+    battery: dict[str, Any]
+    """Path and sha256."""
+    source: str
+    """`trained` or `spectrum`: which nulls decide."""
+    alpha: float
+    declared: list[str]
+    nulls: int
+    families: dict[str, int]
+    """Nulls by the kind of text that they were trained on."""
+    excluded: list[dict[str, Any]]
+    """Nulls that diverged: name, family, reason."""
+    drift: dict[str, Any]
+    """log(1 - IM(general)): `suspect`, and `nulls` as its smallest and largest."""
+    extrapolated: bool
+    """The suspect drifted further, or less far, than every null."""
+    domains: list[DomainFinding]
+    grid: list[dict[str, Any]] = field(default_factory=list)
+    """z of the features for every corpus, site and k: `name`, `site`, `k`, `z`."""
+    by_family: list[dict[str, Any]] = field(default_factory=list)
+    """`name`, `family`, `nulls`, mean `features` and `loss` residual of each family of nulls, own text included."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """Every null: `name`, `family`, `method`, `lr`, `steps`, `drift`, and per corpus `features`, `loss`."""
+    spectrum: dict[str, Any] | None = None
+    """The spectrum nulls of this suspect: `nulls`, `drift`, and per corpus z and p of the features."""
+    sentence: str = ""
+
+    @property
+    def undeclared(self) -> list[str]:
+        """Corpora that the fine-tune specialised on, or shifted, without saying so."""
+        return [one.name for one in self.domains if one.verdict == "undeclared"]
+
+    @property
+    def damaged(self) -> list[str]:
+        """Corpora on which the loss rose beyond the nulls."""
+        return [one.name for one in self.domains if one.kind == "damaged"]
+
+    @property
+    def refused(self) -> list[str]:
+        """Corpora without a verdict."""
+        return [one.name for one in self.domains if one.verdict == "refused"]
 
 
 @dataclass(frozen=True)
@@ -116,6 +212,7 @@ class AuditFinding:
     layers: list[dict[str, Any]] | None = None
     layers_note: str | None = None
     warnings: list[str] = field(default_factory=list)
+    calibration: CalibrationFinding | None = None
     latents: str = "latents.parquet"
     curve: str = "curve.parquet"
     schema: int = SCHEMA
@@ -131,7 +228,22 @@ class AuditFinding:
         data["datasets"] = [CorpusFinding(**_known(CorpusFinding, row)) for row in data["datasets"]]
         data["tasks"] = [TaskFinding(**_known(TaskFinding, row)) for row in data["tasks"]]
         data["controls"] = [ControlFinding(**_known(ControlFinding, row)) for row in data.get("controls", [])]
+        if data.get("calibration") is not None:
+            data["calibration"] = _calibration(data["calibration"])
         return cls(**data)
+
+
+def _calibration(data: dict[str, Any]) -> CalibrationFinding:
+    domains: list[DomainFinding] = []
+    for row in data["domains"]:
+        known = _known(DomainFinding, row)
+        for key in ("features", "loss"):
+            if known.get(key) is not None:
+                known[key] = NullTest(**_known(NullTest, known[key]))
+        domains.append(DomainFinding(**known))
+    known = _known(CalibrationFinding, data)
+    known["domains"] = domains
+    return CalibrationFinding(**known)
 
 
 def _known(kind: type, data: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
 
-RUN_ONLY = ("out", "resume", "overwrite")
-"""Fields that say where and how a stage runs, not what it computes: they never enter a config hash."""
+RUN_ONLY = ("out", "resume", "overwrite", "fail_on")
+"""Fields that say where a stage runs and what follows, not what it computes: they never enter a config hash."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

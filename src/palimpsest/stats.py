@@ -135,6 +135,24 @@ def benjamini_hochberg(p: Float[NDArray, " n"]) -> Float[NDArray, " n"]:
     return q
 
 
+def holm(p: Float[NDArray, " n"]) -> Float[NDArray, " n"]:
+    """Family-wise adjusted p-values, whatever their dependence (Holm 1979); NaN stays NaN and is not counted."""
+    adjusted = np.full(p.shape, np.nan)
+    known = np.flatnonzero(np.isfinite(p))
+    order = known[np.argsort(p[known], kind="stable")]
+    steps = np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * steps), 1.0)
+    return adjusted
+
+
+def binomial_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact interval of a share of which `k` of `n` were seen (Clopper & Pearson 1934); all of [0, 1] when n is 0."""
+    if n == 0:
+        return 0.0, 1.0
+    found = stats.binomtest(k, n).proportion_ci(confidence, method="exact")
+    return float(found.low), float(found.high)
+
+
 def minimum_detectable(standard_error: float, *, alpha: float = 0.05, power: float = 0.8) -> float:
     """Smallest true effect that a two-sided normal test at `alpha` finds with probability `power`."""
     return float((stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)) * standard_error)

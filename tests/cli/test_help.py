@@ -64,12 +64,14 @@ def test_unknown_verb_suggests(capsys):
     assert "'audti'" in shown.err and "Did you mean 'audit'?" in shown.err and shown.out == ""
 
 
-@pytest.mark.parametrize("verb", [*VERBS, "train sae"])
+@pytest.mark.parametrize(
+    "verb", [*VERBS, "train sae", *(f"battery {verb}" for verb in ("make", "calibrate", "show", "list"))]
+)
 def test_every_verb_has_help(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0
     shown = capsys.readouterr()
     assert f"Usage: palimpsest {verb}" in shown.out and shown.err == ""
-    if verb != "train":
+    if verb not in ("train", "battery"):
         assert all(flag in shown.out for flag in ("--json", "--quiet", "--verbose", "--config"))
 
 
@@ -89,7 +91,7 @@ def test_help_names_every_config_field_with_its_meaning(verb, capsys):
 @pytest.mark.parametrize(
     ("arguments", "near"),
     [
-        (["audit", "base", "tuned", "--dictionery", "sae"], "--dictionary"),
+        (["audit", "base", "tuned", "--dictionery", "sae", "--out", "x"], "--dictionary"),
         (["harvest", "base", "--corpuss", "x"], "--corpus"),
         (["train", "sae", "--site", "s", "--out", "x", "--store", "y", "--latent", "64"], "--latents"),
         (["train", "sea"], "sae"),
@@ -108,7 +110,7 @@ def test_unknown_flag_suggests(arguments, near, capsys):
     [
         (["audit"], "--base"),
         (["audit", "base"], "--tuned"),
-        (["audit", "base", "tuned"], "--dictionary"),
+        (["audit", "base", "tuned"], "--out"),
         (["harvest", "base"], "--corpus"),
         (["train", "sae"], "--site"),
         (["train"], "palimpsest train sae"),
@@ -138,7 +140,7 @@ def test_help_of_a_verb_imports_no_torch():
     code = f"""
 import sys
 from palimpsest.cli import main
-for verb in {[*VERBS, "train sae"]}:
+for verb in {[*VERBS, "train sae", "battery make", "battery calibrate", "battery show", "battery list"]}:
     assert main([*verb.split(), "--help"]) == 0
 print("LOADED", sorted(name for name in ("torch", "transformers", "datasets", "scipy") if name in sys.modules))
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from palimpsest.report.display import (
 from palimpsest.report.page import inert_json
 from palimpsest.report.tables import reading, task_table
 
+Page = fixture.Page
 LOADING = {
     "src",
     "href",
@@ -42,42 +42,6 @@ LOADING = {
 }
 
 
-class Page(HTMLParser):
-    """Collects what a browser would act on: elements, attributes, scripts and visible text."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.scripts: list[str] = []
-        self.styles: list[str] = []
-        self.words: list[str] = []
-        self._inside = ""
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        self._inside = tag
-        if tag == "script":
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._inside = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._inside == "script":
-            self.scripts[-1] += data
-        elif self._inside == "style":
-            self.styles.append(data)
-        else:
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join("".join(self.words).split())
-
-
 @pytest.fixture(scope="module")
 def plain() -> str:
     return render(fixture.make_audit(), fixture.make_curve(), fixture.make_latents())
@@ -86,6 +50,18 @@ def plain() -> str:
 @pytest.fixture(scope="module")
 def hostile() -> str:
     return render(*fixture.make_hostile())
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> str:
+    audit = fixture.make_audit(calibrated=True)
+    audit["calibration"]["spectrum"] = fixture.make_spectrum()
+    return render(audit, fixture.make_curve(), fixture.make_latents())
+
+
+@pytest.fixture(scope="module")
+def hostile_verdicts() -> str:
+    return render(*fixture.make_hostile(calibrated=True))
 
 
 def _emptied(value: Any) -> Any:
@@ -125,8 +101,10 @@ def test_a_blind_dictionary_is_called_out(plain: str) -> None:
     )
 
 
-def test_the_page_loads_nothing_and_stays_small(plain: str, hostile: str) -> None:
-    for source in (plain, hostile):
+def test_the_page_loads_nothing_and_stays_small(
+    plain: str, hostile: str, verdicts: str, hostile_verdicts: str
+) -> None:
+    for source in (plain, hostile, verdicts, hostile_verdicts):
         page = Page(source)
         loads = [(t, n, v) for t, n, v in page.attributes if n in LOADING and not v.startswith("#")]
         assert loads == []
@@ -144,8 +122,11 @@ def test_the_page_loads_nothing_and_stays_small(plain: str, hostile: str) -> Non
         assert len(source.encode()) < 5_000_000
 
 
-def test_hostile_text_adds_no_element_and_no_attribute(plain: str, hostile: str) -> None:
-    calm, wild = Page(plain), Page(hostile)
+@pytest.mark.parametrize("pair", [("plain", "hostile"), ("verdicts", "hostile_verdicts")])
+def test_hostile_text_adds_no_element_and_no_attribute(
+    pair: tuple[str, str], request: pytest.FixtureRequest
+) -> None:
+    calm, wild = (Page(request.getfixturevalue(name)) for name in pair)
     assert len(wild.scripts) == len(calm.scripts)
     assert set(wild.tags) <= set(calm.tags)
     assert not [name for _, name, _ in wild.attributes if name.startswith("on")]
@@ -153,16 +134,18 @@ def test_hostile_text_adds_no_element_and_no_attribute(plain: str, hostile: str)
     assert "{{ 7*7 }}" in wild.text and "<img src=x" in wild.text
 
 
-def test_hostile_text_keeps_no_invisible_character(hostile: str) -> None:
-    before_scripts = hostile.split('<script type="application/json"')[0]
+@pytest.mark.parametrize("name", ["hostile", "hostile_verdicts"])
+def test_hostile_text_keeps_no_invisible_character(name: str, request: pytest.FixtureRequest) -> None:
+    before_scripts = request.getfixturevalue(name).split('<script type="application/json"')[0]
     assert not re.search(
         "[\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029\x00-\x08\x0b-\x1f\x7f]", before_scripts
     )
     assert "⟨U+202E⟩" in before_scripts and "⟨U+001B⟩" in before_scripts
 
 
-def test_inline_json_survives_and_cannot_close_its_element(hostile: str) -> None:
-    data = Page(hostile).scripts[0]
+@pytest.mark.parametrize("name", ["hostile", "hostile_verdicts"])
+def test_inline_json_survives_and_cannot_close_its_element(name: str, request: pytest.FixtureRequest) -> None:
+    data = Page(request.getfixturevalue(name)).scripts[0]
     assert "<" not in data and data.isascii()
     assert "</script>" in json.dumps(json.loads(data)["specs"]["overlap"])
     tricky = "</script>\u2028\ud800&'\""

@@ -10,7 +10,9 @@ from scipy import stats
 from palimpsest.log import log
 from palimpsest.stats import (
     benjamini_hochberg,
+    binomial_interval,
     exchange_p,
+    holm,
     mean_t,
     minimum_detectable,
     percentile_interval,
@@ -225,3 +227,43 @@ def test_the_detectable_effect_is_found_that_often(alpha, power):
     hits = int((2 * stats.norm.sf(np.abs(seen) / 0.3) < alpha).sum())
     assert within(hits, 4000, power)
     assert minimum_detectable(0.0) == 0 and np.isnan(minimum_detectable(float("nan")))
+
+
+def test_holm_by_hand():
+    p = np.array([0.01, 0.04, np.nan, 0.03, 0.005])
+    np.testing.assert_allclose(holm(p), [0.03, 0.06, np.nan, 0.06, 0.02])
+    np.testing.assert_allclose(holm(np.array([0.6, 0.7])), [1.0, 1.0])
+    assert holm(np.array([0.2])) == [0.2] and np.isnan(holm(np.array([np.nan]))).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.5))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p, alpha):
+    p = np.array(p)
+    rejected = np.zeros(len(p), dtype=bool)
+    for step, i in enumerate(np.argsort(p, kind="stable")):
+        if p[i] * (len(p) - step) > alpha:
+            break
+        rejected[i] = True
+    np.testing.assert_array_equal(holm(p) <= alpha, rejected)
+
+
+def test_holm_keeps_the_family_at_its_level():
+    rng = np.random.default_rng(12)
+    alarms = sum((holm(rng.random(5)) <= 0.05).any() for _ in range(REPEATS))
+    assert within(int(alarms), REPEATS, 0.05)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 20), (3, 40), (40, 40), (7, 13)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95])
+def test_exact_binomial_interval_has_its_tails(k, n, confidence):
+    lo, hi = binomial_interval(k, n, confidence)
+    tail = (1 - confidence) / 2
+    assert lo <= k / n <= hi
+    assert lo == 0 if k == 0 else stats.binom.sf(k - 1, n, lo) == pytest.approx(tail)
+    assert hi == 1 if k == n else stats.binom.cdf(k, n, hi) == pytest.approx(tail)
+
+
+def test_binomial_interval_of_nothing_is_everything():
+    assert binomial_interval(0, 0) == (0.0, 1.0)
+    assert binomial_interval(2, 40)[1] == pytest.approx(0.1692, abs=1e-4)

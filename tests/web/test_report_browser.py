@@ -40,8 +40,16 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("report")
     calm = fixture.make_audit(), fixture.make_curve(), fixture.make_latents()
     paths = {}
-    for name, parts in (("plain", calm), ("hostile", fixture.make_hostile())):
-        paths[name] = folder / f"{name}.html"
+    audit = fixture.make_audit(calibrated=True)
+    audit["calibration"]["spectrum"] = fixture.make_spectrum()
+    made = {
+        "plain": calm,
+        "hostile": fixture.make_hostile(),
+        "verdicts": (audit, *calm[1:]),
+        "hostile verdicts": fixture.make_hostile(calibrated=True),
+    }
+    for name, parts in made.items():
+        paths[name] = folder / f"{name.replace(' ', '-')}.html"
         paths[name].write_text(render(*parts), "utf-8")
     return paths
 
@@ -71,14 +79,14 @@ class Opened:
         self.page.context.close()
 
 
-@pytest.mark.parametrize("name", ["plain", "hostile"])
+@pytest.mark.parametrize("name", ["plain", "hostile", "verdicts", "hostile verdicts"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_opens_draws_and_fits(browser: Any, pages: dict[str, Path], name: str, scheme: str) -> None:
     with Opened(browser, pages[name], scheme=scheme) as opened:
         page = opened.page
         assert opened.complaints == []
         assert [url for url in opened.requests if not url.startswith(("file:", "data:"))] == []
-        assert page.locator("figure svg").count() == 5
+        assert page.locator("figure svg").count() == (7 if "verdicts" in name else 5)
         assert page.locator("[data-chart=overlap] svg .mark-line path").count() == 4
         assert page.locator("[data-chart=overlap] svg .mark-area path").count() == 4
         assert page.evaluate("window.__pwned") is None
@@ -91,9 +99,12 @@ def test_it_opens_draws_and_fits(browser: Any, pages: dict[str, Path], name: str
             assert widest <= width, f"{name} overflows at {width} px"
 
 
-def test_hostile_text_stays_text_when_touched(browser: Any, pages: dict[str, Path]) -> None:
-    with Opened(browser, pages["hostile"]) as opened:
+@pytest.mark.parametrize("name", ["hostile", "hostile verdicts"])
+def test_hostile_text_stays_text_when_touched(browser: Any, pages: dict[str, Path], name: str) -> None:
+    with Opened(browser, pages[name]) as opened:
         page = opened.page
+        for mark in page.locator("[data-chart=nulls_features] .mark-symbol path").all()[:3]:
+            mark.hover(force=True)
         for tab in page.get_by_role("tab").all():
             tab.click()
         page.locator("[data-chart=overlap] .mark-symbol path").first.hover(force=True)
@@ -167,3 +178,63 @@ def test_without_scripts_the_numbers_are_there(browser: Any, pages: dict[str, Pa
     assert page.locator(".tasks tbody tr").count() == 3
     assert page.get_by_text("This chart needs scripts").first.is_visible()
     context.close()
+
+
+def _luminance(colour: list[int]) -> float:
+    parts = [c / 255 for c in colour]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_verdicts_are_words_that_can_be_read(browser: Any, pages: dict[str, Path], scheme: str) -> None:
+    with Opened(browser, pages["verdicts"], scheme=scheme) as opened:
+        page = opened.page
+        words = [text.split(maxsplit=1)[1] for text in page.locator(".verdicts .badge").all_inner_texts()]
+        assert words == ["undeclared", "declared and seen", "damaged", "clear"]
+        colours = page.evaluate(
+            """() => [...document.querySelectorAll('.verdicts .badge')].map(badge => {
+                const parse = text => text.match(/[\\d.]+/g).map(Number);
+                let back = badge, fill = [0, 0, 0, 0];
+                while (fill[3] === 0) {
+                    fill = parse(getComputedStyle(back).backgroundColor);
+                    if (fill.length === 3) fill.push(1);
+                    back = back.parentElement;
+                }
+                return [parse(getComputedStyle(badge).color).slice(0, 3), fill.slice(0, 3)];
+            })"""
+        )
+        for ink, fill in colours:
+            low, high = sorted((_luminance(ink), _luminance(fill)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+        assert len({str(fill) for _, fill in colours}) >= 3
+
+
+def test_the_strips_show_every_null_the_suspect_and_its_band(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["verdicts"]) as opened:
+        for name in ("nulls_features", "nulls_loss"):
+            figure = opened.page.locator(f"[data-chart={name}]")
+            marks = figure.locator("svg .mark-symbol.role-mark > path")
+            # 24 nulls and the suspect on each of four corpora.
+            assert marks.count() == 4 * 25
+            assert figure.locator("svg .mark-symbol.role-mark > path[opacity='0.4']").count() == 4 * 6
+            rows = figure.locator("svg .mark-rect.role-mark > path")
+            heights = rows.evaluate_all("all => all.map(path => path.getBBox().height)")
+            assert len([h for h in heights if h >= 35]) >= 4
+            spoken = figure.locator(".plot").get_attribute("aria-label")
+            assert spoken is not None and "math" in spoken and "innocent" in spoken
+
+
+def test_verdicts_stand_on_the_first_screen_and_on_paper(browser: Any, pages: dict[str, Path]) -> None:
+    with Opened(browser, pages["verdicts"], scheme="dark") as opened:
+        page = opened.page
+        page.set_viewport_size({"width": 1280, "height": 800})
+        last = page.locator(".verdicts li").last.bounding_box()
+        assert last is not None and last["y"] + last["height"] <= 800
+        page.get_by_role("link", name="What this rests on").click()
+        top = page.locator("#calibration").bounding_box()
+        assert top is not None and 0 <= top["y"] < 100
+        page.get_by_text("z of the features at every site and k").click()
+        assert page.locator("table.grid tbody tr").count() == 4
+        page.emulate_media(media="print", color_scheme="dark")
+        assert page.locator(".verdicts li").count() == 4 and page.locator("#verdict").is_visible()

@@ -3,7 +3,7 @@
 import math
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -12,6 +12,41 @@ from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOpti
 
 LARGEST_K = 256
 """Longest lists that are compared."""
+
+
+@Parameter(group="Calibration")
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What an audit is calibrated with."""
+
+    battery: str | None = None
+    """A battery of the base model: its text, its dictionary, its nulls; only the tuned model is run."""
+
+    declared: tuple[str, ...] = ()
+    """Corpora of the battery that the fine-tune says it was trained on."""
+
+    alpha: float = 0.05
+    """Level of the verdicts: share of innocent corpora that may be flagged."""
+
+    null: Literal["spectrum"] | None = None
+    """Also make nulls of this very suspect: its weight change, randomly rotated, at its own drift."""
+
+    spectrum_nulls: Count = 12
+    """How many of them."""
+
+    fail_on: tuple[Literal["undeclared", "damaged"], ...] = ()
+    """Exit with code 3 when a corpus was changed without being declared, or was damaged: a release gate."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that contradict each other."""
+        if not 0 < self.alpha < 0.5:
+            raise ConfigError("alpha is no level", expected="above 0 and below 0.5", found=self.alpha)
+        if self.battery is None and (self.declared or self.null or self.fail_on):
+            raise ConfigError(
+                "A verdict needs a battery",
+                expected="--battery BATTERY, as `palimpsest battery make` writes it",
+                found="--declared" if self.declared else "--null" if self.null else "--fail-on",
+            )
 
 
 @dataclass(frozen=True)
@@ -26,13 +61,13 @@ class AuditConfig:
 
     _: KW_ONLY
 
-    dictionary: str
+    dictionary: str | None = None
     """Dictionary of the base model: a folder or hub id (native or SAELens format)."""
 
-    general: str
+    general: str | None = None
     """Text of no particular domain, that every task is compared with."""
 
-    task: tuple[str, ...]
+    task: tuple[str, ...] = ()
     """Task corpora as NAME=FILE."""
 
     run: Annotated[RunOptions, FLAT]
@@ -77,6 +112,9 @@ class AuditConfig:
     corpora: Annotated[CorpusOptions, FLAT] = field(default_factory=CorpusOptions)
     """How text is read."""
 
+    calibration: Annotated[CalibrationOptions, FLAT] = field(default_factory=CalibrationOptions)
+    """What the figures are held against."""
+
     def __post_init__(self) -> None:
         """Refuse options that contradict each other."""
         if not 1 <= self.k <= self.k_max:
@@ -108,6 +146,38 @@ class AuditConfig:
                 "Corpora need different names",
                 expected="a name per task, none of them 'general'",
                 found=", ".join(names),
+            )
+
+    def check_text(self) -> None:
+        """Text and dictionary come either from flags or from a battery; the stage asks before it starts.
+
+        Raises:
+            ConfigError: They come from neither or from both.
+        """
+        if self.calibration.battery is None:
+            given = {"--dictionary": self.dictionary, "--general": self.general, "--task": self.task}
+            if missing := [flag for flag, value in given.items() if not value]:
+                raise ConfigError(
+                    "An audit needs text and a dictionary",
+                    expected="--dictionary, --general and --task, or a --battery that holds them",
+                    found=f"no {', no '.join(missing)}",
+                )
+            return
+        fixed = {
+            "--general": self.general,
+            "--task": self.task,
+            "--site": self.site,
+            "--force-site": self.force_site,
+            "--legacy": self.legacy,
+            "--controls": self.controls,
+            "options of text": self.corpora != CorpusOptions(),
+        }
+        if given := [flag for flag, value in fixed.items() if value]:
+            raise ConfigError(
+                "A battery fixes what is read and how",
+                expected="none of these with --battery",
+                found=", ".join(given),
+                fix="Leave them out, or make a battery with them (`palimpsest battery make`)",
             )
 
     @property

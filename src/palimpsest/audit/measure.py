@@ -1,18 +1,38 @@
 """The pass over the text: corpora in, `CorpusSums` out, one corpus at a time and resumable after each."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from safetensors.numpy import load_file, save_file
 
 from palimpsest.artifacts import RunFolder, disk
 from palimpsest.audit.sums import Accumulator, CorpusSums, Measure
-from palimpsest.corpus import Corpus
+from palimpsest.corpus import Corpus, TokenBatch
 from palimpsest.errors import CorpusError
 from palimpsest.harvest import Harvester
+from palimpsest.harvest.cached import CachedHarvester
 from palimpsest.log import progress
+
+
+@runtime_checkable
+class Text(Protocol):
+    """What a pass reads: a `Corpus`, or the documents of a battery."""
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        ...
+
+    @property
+    def sources(self) -> Sequence[str | Path]:
+        """Where it comes from."""
+        ...
+
+    def batches(self, tokens_per_batch: int = 4096, window: int = 512) -> Iterator[TokenBatch]:
+        """Batches of whole documents."""
+        ...
 
 
 class Size(NamedTuple):
@@ -44,8 +64,8 @@ def survey(corpus: Corpus, tokens_per_batch: int, minimum: int) -> Size:
 
 
 def measure_corpora(
-    harvester: Harvester,
-    corpora: Sequence[tuple[Corpus, Size]],
+    harvester: Harvester | CachedHarvester,
+    corpora: Sequence[tuple[Text, Size]],
     measures: Sequence[Measure],
     run: RunFolder,
     tokens_per_batch: int,
@@ -61,14 +81,14 @@ def measure_corpora(
     todo = [
         (corpus, size) for corpus, size in corpora if not all(p.exists() for p in files[corpus.name].values())
     ]
-    if harvester.pair.one_at_a_time and todo:
+    if isinstance(harvester, Harvester) and harvester.pair.one_at_a_time:
         for corpus, size in todo:
             with progress(f"base on {corpus.name}", size.tokens) as advance:
                 for tokens in harvester.record(corpus.name, corpus.batches(tokens_per_batch)):
                     advance(tokens)
     for corpus, size in todo:
         started = time.perf_counter()
-        found = _measure(harvester, corpus, size, measures, tokens_per_batch)
+        found = measure_corpus(harvester, corpus, size, measures, tokens_per_batch)
         for name, sums in found.items():
             _save(sums, files[corpus.name][name])
         run.timing(f"measure {corpus.name}", time.perf_counter() - started)
@@ -78,16 +98,27 @@ def measure_corpora(
     }
 
 
-def _measure(
-    harvester: Harvester, corpus: Corpus, size: Size, measures: Sequence[Measure], tokens_per_batch: int
+def measure_corpus(
+    harvester: Harvester | CachedHarvester,
+    corpus: Text,
+    size: Size,
+    measures: Sequence[Measure],
+    tokens_per_batch: int,
 ) -> dict[str, CorpusSums]:
+    """Sums of one corpus by measure, in one pass."""
     accumulators = [Accumulator(measure) for measure in measures]
     with progress(f"measuring {corpus.name}", size.tokens) as advance:
         for batch in harvester.stream(corpus.name, corpus.batches(tokens_per_batch)):
             for accumulator in accumulators:
                 accumulator.add(batch)
             advance(batch.tokens)
-    return {m.name: a.finish() for m, a in zip(measures, accumulators, strict=True)}
+    found = {m.name: a.finish() for m, a in zip(measures, accumulators, strict=True)}
+    if isinstance(harvester, CachedHarvester):
+        moments = harvester.base_side(corpus.name).moments
+        for measure in measures:
+            known = moments[measure.site]
+            found[measure.name].moments |= {key: value.numpy() for key, value in known.items()}
+    return found
 
 
 def _save(sums: CorpusSums, path: Path) -> None:

@@ -8,17 +8,16 @@ import pyarrow as pa
 from palimpsest.artifacts import RunFolder
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.estimate import Comparison, CorpusEstimates, Settings, compare, curve_rows, exchange
+from palimpsest.audit.inputs import GENERAL
 from palimpsest.audit.latent_table import latent_rows
-from palimpsest.audit.measure import Size
+from palimpsest.audit.measure import Size, Text
 from palimpsest.audit.summary import summary, warnings
 from palimpsest.audit.sums import CorpusSums
-from palimpsest.corpus import Corpus
 from palimpsest.dictionaries import Dictionary
 from palimpsest.findings import AuditFinding, ControlFinding, CorpusFinding, TaskFinding
 from palimpsest.models import LayerDelta, ModelPair
 
-MAIN = "dictionary"
-GENERAL = "general"
+CONTROLS = ("random", "pca", "neurons")
 
 
 class Evidence(NamedTuple):
@@ -28,7 +27,7 @@ class Evidence(NamedTuple):
     dictionary: Dictionary
     dictionary_entry: dict[str, Any]
     site: str
-    corpora: dict[str, tuple[Corpus, Size]]
+    corpora: dict[str, tuple[Text, Size]]
     sums: dict[str, dict[str, CorpusSums]]
     deltas: list[LayerDelta] | None
     fingerprints: dict[str, str]
@@ -61,7 +60,7 @@ def audit_finding(
     controls = [
         _control_finding(name, estimates_of(config, evidence, name))
         for name in evidence.sums[GENERAL]
-        if name != MAIN
+        if name in CONTROLS
     ]
     dictionary = evidence.dictionary
     return AuditFinding(
@@ -119,14 +118,19 @@ def _corpus_finding(
     config: AuditConfig, evidence: Evidence, name: str, one: CorpusEstimates
 ) -> CorpusFinding:
     corpus, size = evidence.corpora[name]
-    r2, r2_ci = one.r2_delta()
     value, value_ci = one.mean("value_change", "valued")
-    drift, drift_ci = one.mean("drift", "tokens")
     optional: dict[str, Any] = {}
+    # A battery without activations leaves nothing to measure a change of activations by.
+    if np.isfinite(one.sums.columns["drift"]).all():
+        optional["r2_delta"], optional["r2_delta_ci"] = one.r2_delta()
+        optional["relative_drift"], optional["relative_drift_ci"] = one.mean("drift", "tokens")
+        # Two models that agree leave nothing to be blind to.
+        changed = one.total("delta_squares") > 0
+        optional["blind"] = changed and not optional["r2_delta_ci"][1] > 0
     if config.loss:
         delta, delta_ci = one.mean("loss_tuned", "predicted", minus="loss_base")
         loss = {side: one.mean(f"loss_{side}", "predicted")[0] for side in ("base", "tuned")}
-        optional = {"loss": loss, "delta_loss": delta, "delta_loss_ci": delta_ci}
+        optional |= {"loss": loss, "delta_loss": delta, "delta_loss_ci": delta_ci}
     if config.kl:
         optional["kl"], optional["kl_ci"] = one.mean("kl", "predicted")
     tokens = one.total("tokens")
@@ -145,12 +149,6 @@ def _corpus_finding(
         value_change_ci=value_ci,
         fve={side: one.fve(side) for side in ("base", "tuned")},
         l0={side: one.total(f"l0_{side}") / tokens for side in ("base", "tuned")},
-        r2_delta=r2,
-        r2_delta_ci=r2_ci,
-        # Two models that agree leave nothing to be blind to.
-        blind=one.total("delta_squares") > 0 and not r2_ci[1] > 0,
-        relative_drift=drift,
-        relative_drift_ci=drift_ci,
         **optional,
     )
 

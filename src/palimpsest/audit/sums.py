@@ -36,6 +36,9 @@ COLUMNS = (
 )
 """Per-document sums over tokens, in this order; `overlap` and `counts` stand beside them with an axis k."""
 
+NEED_BASE = ("drift", "delta_squares", "delta_residual")
+"""Columns that need the base's activations: NaN where only its codes are known."""
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -123,6 +126,7 @@ class Accumulator:
         self._rows: list[Tensor] = []
         self._curves: list[Tensor] = []
         self._moments: dict[str, Tensor] = {}
+        self._paired = True
         keep = measure.latents
         self._latents = (
             LatentSums(measure.dictionary.n_latents, measure.pooled, measure.seed) if keep else None
@@ -135,15 +139,23 @@ class Accumulator:
         measure = self.measure
         dictionary = measure.dictionary
         acts = batch.acts[measure.site].to(dictionary.device)
-        sides = [acts[:, model] for model in range(2)]
-        codes = [dictionary.encode(side) for side in sides]
+        base_acts = acts[:, 0] if acts.shape[1] == 2 else None
+        cached = batch.base_codes.get(measure.name)
+        if cached is None:
+            assert base_acts is not None
+            base_codes = dictionary.encode(base_acts)
+        else:
+            base_codes = cached.codes.to(dictionary.device)
+        codes = [base_codes, dictionary.encode(acts[:, -1])]
         lists = [code.top(measure.k_max) for code in codes]
         base, tuned = lists
         matches = match(base, tuned)
         counts = overlap_counts(matches)
         changed = churn(matches, base, tuned, measure.k)
         documents, place = torch.unique(batch.document.to(acts.device), return_inverse=True)
-        columns = self._columns(batch, sides, codes)
+        columns = self._columns(batch, base_acts, acts[:, -1], codes)
+        if cached is not None:
+            columns["residual_base"] = cached.residual.to(acts.device)
         listed = matches.longer > 0
         columns["listed"] = listed
         columns["short"] = listed & (torch.minimum(base.length, tuned.length) < measure.k)
@@ -163,9 +175,12 @@ class Accumulator:
         order = documents.argsort()
         rows = torch.cat(self._rows)[order].numpy() if self._rows else np.zeros((0, len(COLUMNS)))
         curves = torch.cat(self._curves)[order].numpy() if self._curves else np.zeros((0, 2 * k_max))
+        columns = {name: rows[:, i].copy() for i, name in enumerate(COLUMNS)}
+        if not self._paired:
+            columns |= {name: np.full(len(rows), np.nan) for name in NEED_BASE}
         return CorpusSums(
             documents[order].numpy(),
-            {name: rows[:, i].copy() for i, name in enumerate(COLUMNS)},
+            columns,
             curves[:, :k_max].copy(),
             curves[:, k_max:].copy(),
             {name: moment.cpu().numpy() for name, moment in self._moments.items()},
@@ -174,39 +189,42 @@ class Accumulator:
         )
 
     def _columns(
-        self, batch: PairedTokens, sides: list[Tensor], codes: list[Codes]
+        self, batch: PairedTokens, base: Tensor | None, tuned: Tensor, codes: list[Codes]
     ) -> dict[str, Float[Tensor, " tokens"]]:
-        base, tuned = (side.float() for side in sides)
-        residuals = [
-            side - self.measure.dictionary.decode(code).to(side.dtype)
-            for side, code in zip((base, tuned), codes, strict=True)
-        ]
-        delta = tuned - base
-        for name, moment in (
-            ("sum_base", base.sum(0)),
-            ("sum_tuned", tuned.sum(0)),
-            ("squares_base", base.square().sum()),
-            ("squares_tuned", tuned.square().sum()),
-        ):
-            self._moments[name] = (
-                self._moments.get(name, torch.zeros((), device=base.device)) + moment.double()
-            )
+        tuned = tuned.float()
+        decode = self.measure.dictionary.decode
+        residual = tuned - decode(codes[1]).to(tuned.dtype)
+        self._add_moments("tuned", tuned)
         columns = {
-            "tokens": torch.ones(len(base), device=base.device),
-            "drift": delta.norm(dim=1) / base.norm(dim=1).clamp_min(1e-12),
-            "delta_squares": delta.square().sum(1),
-            "delta_residual": (residuals[1] - residuals[0]).square().sum(1),
-            "residual_base": residuals[0].square().sum(1),
-            "residual_tuned": residuals[1].square().sum(1),
+            "tokens": torch.ones(len(tuned), device=tuned.device),
+            "residual_tuned": residual.square().sum(1),
             "l0_base": codes[0].l0(),
             "l0_tuned": codes[1].l0(),
         }
+        self._paired = base is not None
+        if base is not None:
+            base = base.float()
+            residual_base = base - decode(codes[0]).to(base.dtype)
+            delta = tuned - base
+            self._add_moments("base", base)
+            columns |= {
+                "residual_base": residual_base.square().sum(1),
+                "drift": delta.norm(dim=1) / base.norm(dim=1).clamp_min(1e-12),
+                "delta_squares": delta.square().sum(1),
+                "delta_residual": (residual - residual_base).square().sum(1),
+            }
         if batch.loss is not None:
-            loss = batch.loss.to(base.device)
+            loss = batch.loss.to(tuned.device)
             columns |= {"loss_base": loss[:, 0], "loss_tuned": loss[:, 1], "predicted": loss[:, 0].isfinite()}
         if batch.kl is not None:
-            columns["kl"] = batch.kl.to(base.device)
+            columns["kl"] = batch.kl.to(tuned.device)
         return columns
+
+    def _add_moments(self, side: str, acts: Tensor) -> None:
+        for name, moment in ((f"sum_{side}", acts.sum(0)), (f"squares_{side}", acts.square().sum())):
+            self._moments[name] = (
+                self._moments.get(name, torch.zeros((), device=acts.device)) + moment.double()
+            )
 
     def _fold(self, documents: Tensor, place: Tensor, columns: dict[str, Tensor], curves: Tensor) -> None:
         missing = torch.zeros(len(place), device=place.device)

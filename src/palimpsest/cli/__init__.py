@@ -7,6 +7,7 @@ from importlib import import_module
 VERBS = {
     "demo": "train a tiny pair with planted changes, audit it, write the report (no downloads)",
     "audit": "measure which domains a fine-tune changed, how much, and in which latents",
+    "battery": "fix the text a base is audited with, and calibrate it with innocent fine-tunes",
     "harvest": "write a model's activations, or a pair's side by side, to a store",
     "train": "train a dictionary: train sae",
     "report": "write the report of a finished run again",
@@ -21,7 +22,7 @@ Usage: palimpsest VERB [OPTIONS]      palimpsest VERB --help
 {verbs}
 
 Every verb takes --config FILE (TOML, YAML or JSON; flags win), --json, --quiet and --verbose.
-Exit codes: 0 done, 2 bad input or usage, 130 interrupted (run again with --resume).
+Exit codes: 0 done, 2 bad input or usage, 3 a gate failed (--fail-on), 130 interrupted (run again with --resume).
 """
 
 

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from palimpsest.audit.config import AuditConfig
 from palimpsest.cli import VERBS
 from palimpsest.cli.command import Display, emit, say, verb_app
+from palimpsest.findings import AuditFinding
 from palimpsest.log import console
 
 app = verb_app("audit", VERBS["audit"].capitalize() + ".")
@@ -16,7 +17,7 @@ FLAT = Parameter(name="*")
 
 
 @app.default
-def audit(config: Annotated[AuditConfig, FLAT], *, display: Annotated[Display, FLAT] = Display()) -> None:  # noqa: B008
+def audit(config: Annotated[AuditConfig, FLAT], *, display: Annotated[Display, FLAT] = Display()) -> int:  # noqa: B008
     """Run the audit, write its folder and its report, and print the answer."""
     from palimpsest.audit import run_audit
     from palimpsest.report import build_report
@@ -26,6 +27,26 @@ def audit(config: Annotated[AuditConfig, FLAT], *, display: Annotated[Display, F
     report = build_report(artifact.path)
     result = artifact.read_json("audit.json")
     emit(display, result, lambda: show(result, str(report)))
+    return _gate(config, result)
+
+
+def _gate(config: AuditConfig, result: dict[str, Any]) -> int:
+    """The exit code: 3 when what the user asked to fail on was found, or could not be ruled out."""
+    calibration = AuditFinding.from_dict(result).calibration
+    if calibration is None or not config.calibration.fail_on:
+        return 0
+    failed = {
+        reason: names
+        for reason, names in (
+            ("undeclared", calibration.undeclared),
+            ("damaged", calibration.damaged),
+            ("without a verdict", calibration.refused),
+        )
+        if names and reason in (*config.calibration.fail_on, "without a verdict")
+    }
+    for reason, names in failed.items():
+        sys.stderr.write(f"palimpsest audit: gate failed, {reason}: {', '.join(names)}\n")
+    return 3 if failed else 0
 
 
 def show(result: dict[str, Any], report: str) -> None:
@@ -64,9 +85,51 @@ def show(result: dict[str, Any], report: str) -> None:
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
     for warning in result["warnings"]:
         say(f"! {warning}")
+    calibration = result["calibration"]
+    if calibration is not None:
+        _show_verdicts(calibration)
     say(result["summary"])
-    say("Raw figures: how far a harmless fine-tune of this size would move each text is not in them.")
+    if calibration is None:
+        say("Raw figures: how far a harmless fine-tune of this size would move each text is not in them.")
     say(f"Report: {report}")
+
+
+def _show_verdicts(calibration: dict[str, Any]) -> None:
+    """Print one line per corpus."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"Beside {calibration['nulls']} {calibration['source']} nulls, level {calibration['alpha']:g}"
+    )
+    for column in (
+        "corpus",
+        "verdict",
+        "kind",
+        "calibrated c",
+        "z",
+        "p",
+        "Δloss beyond nulls",
+        "z",
+        "p",
+        "q",
+    ):
+        table.add_column(column, justify="left" if column in ("corpus", "verdict", "kind") else "right")
+    for domain in calibration["domains"]:
+        cells = []
+        for test in (domain["features"], domain["loss"]):
+            known = test is not None
+            cells += [
+                _interval(test["residual"], test["ci"], signed=True) if known else "–",
+                f"{test['z']:+.1f}" if known and test["z"] is not None else "–",
+                f"{test['p']:.1g}" if known and test["p"] is not None else "–",
+            ]
+        q = "–" if domain["q"] is None else f"{domain['q']:.1g}"
+        table.add_row(domain["name"], domain["verdict"], domain["kind"] or "–", *cells, q)
+    width = None if console().is_terminal else 170
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    for domain in calibration["domains"]:
+        say(f"  {domain['sentence']}")
 
 
 def _number(value: float | None) -> str:

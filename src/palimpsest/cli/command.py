@@ -66,7 +66,9 @@ def run_verb(verb: str, app: App, arguments: Sequence[str]) -> int:
     except PalimpsestError as error:
         return _fail(verb, str(error))
     except CycloptsError as error:
-        return _fail(verb, f"{' '.join(str(error).split())} See palimpsest {verb} --help.")
+        # `out` is the one field without a default in the groups that have no name of their own.
+        text = " ".join(str(error).split()).replace("Parameter * requires", "Parameter --out requires")
+        return _fail(verb, f"{text} See palimpsest {verb} --help.")
     except KeyboardInterrupt:
         _say(
             f"palimpsest {verb}: interrupted. What is finished is kept; the same command with --resume goes on."

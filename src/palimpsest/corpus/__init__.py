@@ -72,7 +72,7 @@ class Corpus:
         self.name = name or _name(self._parsed)
         self.stats = CorpusStats()
         _check(self.options)
-        self._masking = Masking(_pad_id(tokenizer), _roles(self.options.roles), self.options.all_positions)
+        self.masking = Masking(_pad_id(tokenizer), _roles(self.options.roles), self.options.all_positions)
 
     def __repr__(self) -> str:
         """The name and where it comes from."""
@@ -120,7 +120,7 @@ class Corpus:
         Raises:
             CorpusError: As `documents`, and when no token is left to measure.
         """
-        return self._checked(bucketed(self.documents(), self._masking, tokens_per_batch, window))
+        return self._checked(bucketed(self.documents(), self.masking, tokens_per_batch, window))
 
     def blocks(self, block_length: int, batch_size: int = 16, epochs: int | None = 1) -> Iterator[TokenBatch]:
         """Packed blocks for dictionary training: documents end to end, none cut at `max_length`.
@@ -136,7 +136,7 @@ class Corpus:
         bos = self.tokenizer.bos_token_id if self.options.prepend_bos is not False else None
         stream = packed(
             lambda: self._pass(None),
-            self._masking,
+            self.masking,
             block_length,
             batch_size=batch_size,
             epochs=epochs,

@@ -6,8 +6,9 @@ disk first, then the tuned model runs; consumers see the same stream either way.
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from palimpsest.artifacts import disk
 from palimpsest.corpus import TokenBatch
+from palimpsest.dictionaries import Codes
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.models import LanguageModel, ModelPair, Reading, Side
 from palimpsest.models.sites import Head
@@ -24,12 +26,20 @@ LOGIT_BYTES = 16 << 20
 """Logits that exist at once while losses are computed."""
 
 
+class BaseCodes(NamedTuple):
+    """What one dictionary gave on a base that was read earlier: codes and ‖h - ĥ‖² of each token."""
+
+    codes: Codes
+    residual: Float[Tensor, " tokens"]
+
+
 @dataclass(frozen=True)
 class PairedTokens:
     """The measured tokens of one batch as both models saw them.
 
     Attributes:
-        acts: `[tokens, models, d_model]` by site; models are base, tuned.
+        acts: `[tokens, models, d_model]` by site; models are base, tuned, or tuned alone where `base_codes`
+            stand for a base whose activations were not kept.
         document: Index of each token's document; a document never spans two batches.
         position: Place of each token in its document.
         token_ids: The tokens themselves.
@@ -37,6 +47,7 @@ class PairedTokens:
         row: Row of `context` that each token is in.
         loss: Nats of each token given what precedes it, `[tokens, models]`; NaN for a first token.
         kl: KL(tuned ‖ base) of the prediction of each token, in nats.
+        base_codes: The base's cached codes by the name of their reader; empty when the base ran just now.
     """
 
     acts: dict[str, Float[Tensor, "tokens models d_model"]]
@@ -47,6 +58,7 @@ class PairedTokens:
     row: Int[Tensor, " tokens"]
     loss: Float[Tensor, "tokens models"] | None = None
     kl: Float[Tensor, " tokens"] | None = None
+    base_codes: dict[str, BaseCodes] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -60,8 +72,8 @@ class _SideTokens:
     def __init__(
         self, reading: Reading, kept: Int[Tensor, " tokens"], before: Int[Tensor, " tokens"]
     ) -> None:
-        self.acts = {site: _rows(hidden, kept) for site, hidden in reading.acts.items()}
-        self.head_input = None if reading.head_input is None else _rows(reading.head_input, before)
+        self.acts = {site: kept_rows(hidden, kept) for site, hidden in reading.acts.items()}
+        self.head_input = None if reading.head_input is None else kept_rows(reading.head_input, before)
 
 
 class Harvester:
@@ -134,9 +146,9 @@ class Harvester:
         reading = model.read(batch.input_ids, self.sites, head=self.loss or self.kl)
         tokens = _SideTokens(reading, kept, before)
         for site, acts in tokens.acts.items():
-            _check_finite(acts, f"{side} model", site, batch, kept)
+            check_finite(acts, f"{side} model", site, batch, kept)
         if tokens.head_input is not None:
-            _check_finite(tokens.head_input, f"{side} model", "its head", batch, before)
+            check_finite(tokens.head_input, f"{side} model", "its head", batch, before)
         return tokens
 
     @torch.inference_mode()
@@ -157,8 +169,13 @@ class Harvester:
         heads, inputs = (self._heads["base"], self._heads["tuned"]), (base.head_input, tuned.head_input)
         loss = torch.full((len(ids), 2), torch.nan)
         kl = torch.full((len(ids),), torch.nan) if self.kl else None
-        weight = getattr(heads[0].module, "weight", None)
-        chunk = max(64, LOGIT_BYTES // (4 * weight.shape[0])) if weight is not None else 256
+        if kl is None:
+            for model, (head, head_input) in enumerate(zip(heads, inputs, strict=True)):
+                assert head_input is not None
+                loss[:, model] = token_loss(head, head_input, ids)
+            loss[~predicted] = torch.nan
+            return loss, None
+        chunk = _chunk(heads[0])
         for start in range(0, len(ids), chunk):
             rows = slice(start, start + chunk)
             log_p = []
@@ -170,11 +187,8 @@ class Harvester:
                 )
                 loss[rows, model] = chunk_loss.cpu()
                 log_p.append(logits)
-            if kl is not None:
-                kl[rows] = _divergence(*log_p)
-        loss[~predicted] = torch.nan
-        if kl is not None:
-            kl[~predicted] = torch.nan
+            kl[rows] = _divergence(*log_p)
+        loss[~predicted] = kl[~predicted] = torch.nan
         return loss, kl
 
     def _folder(self, name: str) -> Path:
@@ -207,9 +221,11 @@ def read_side(
         NumericsError: The model gives NaN or infinity.
     """
     kept, _ = kept_places(batch)
-    found = {site: _rows(hidden, kept) for site, hidden in model.read(batch.input_ids, sites).acts.items()}
+    found = {
+        site: kept_rows(hidden, kept) for site, hidden in model.read(batch.input_ids, sites).acts.items()
+    }
     for site, acts in found.items():
-        _check_finite(acts, model.name, site, batch, kept)
+        check_finite(acts, model.name, site, batch, kept)
     return found
 
 
@@ -219,8 +235,30 @@ def kept_places(batch: TokenBatch) -> tuple[Int[Tensor, " tokens"], Int[Tensor, 
     return kept, (kept - 1).clamp_min(0)
 
 
-def _rows(hidden: Float[Tensor, "batch seq d_model"], kept: Tensor) -> Float[Tensor, "tokens d_model"]:
+def kept_rows(
+    hidden: Float[Tensor, "batch seq d_model"], kept: Int[Tensor, " tokens"]
+) -> Float[Tensor, "tokens d_model"]:
+    """The rows of flat places."""
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, kept.to(hidden.device))
+
+
+def token_loss(
+    head: Head, head_input: Float[Tensor, "tokens d_model"], ids: Int[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
+    """Nats of each token given the head's input before it, on the CPU; logits exist for one chunk at a time."""
+    loss = torch.empty(len(ids))
+    chunk = _chunk(head)
+    for start in range(0, len(ids), chunk):
+        rows = slice(start, start + chunk)
+        logits = head.logits(_on_head(head_input[rows], head))
+        found = torch.nn.functional.cross_entropy(logits, ids[rows].to(logits.device), reduction="none")
+        loss[rows] = found.cpu()
+    return loss
+
+
+def _chunk(head: Head) -> int:
+    weight = getattr(head.module, "weight", None)
+    return max(64, LOGIT_BYTES // (4 * weight.shape[0])) if weight is not None else 256
 
 
 def _on_head(head_input: Tensor, head: Head) -> Tensor:
@@ -238,7 +276,12 @@ def _divergence(base: Tensor, tuned: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_tuned - log_base), 0.0).sum(-1).cpu()
 
 
-def _check_finite(acts: Tensor, who: str, site: str, batch: TokenBatch, kept: Tensor) -> None:
+def check_finite(acts: Tensor, who: str, site: str, batch: TokenBatch, kept: Tensor) -> None:
+    """Refuse NaN and infinity, naming the document and the token.
+
+    Raises:
+        NumericsError: There is one.
+    """
     # One sum tells a clean batch; the guilty row is looked for only then.
     if torch.isfinite(acts.sum(dtype=torch.float32)):
         return

@@ -9,6 +9,7 @@ import pyarrow as pa
 import vl_convert
 
 from palimpsest.report.display import finite, pair_of, visible
+from palimpsest.report.null_charts import STRIPS, strip_charts, strip_height
 from palimpsest.report.theme import LIGHT, css_colour, vega_config
 
 Spec = dict[str, Any]
@@ -176,7 +177,7 @@ def build_charts(audit: Spec, curve: pa.Table) -> dict[str, Chart]:
     """Every chart that this audit has data for, by name; widths and heights are the caller's."""
     rows, tasks = curve_rows(curve), task_rows(audit)
     k = audit.get("k")
-    charts: dict[str, Chart] = {}
+    charts: dict[str, Chart] = {**strip_charts(audit)}
     if _usable(tasks, "idr"):
         charts["tasks_idr"] = interval_chart(tasks, "idr", "IDR_rel", ".1~%", floor=_usable(tasks, "floor"))
     if _usable(tasks, "loss"):
@@ -198,7 +199,9 @@ def build_charts(audit: Spec, curve: pa.Table) -> dict[str, Chart]:
 
 
 def chart_height(name: str, audit: Spec) -> int:
-    """Height in pixels: rows decide for the task charts, the rest is fixed."""
+    """Height in pixels: rows decide for the charts of tasks and of nulls, the rest is fixed."""
+    if name in STRIPS:
+        return strip_height(audit["calibration"])
     if name.startswith("tasks"):
         return 34 * max(len(audit.get("tasks") or []), 1) + 14
     return 170 if name == "layers" else 300
@@ -220,7 +223,8 @@ def chart_png(audit: Spec, curve: pa.Table, name: str, *, width: int = 640, scal
     Args:
         audit: The content of `audit.json`.
         curve: The table of `curve.parquet`.
-        name: `tasks_idr`, `tasks_loss`, `tasks` (both side by side), `overlap`, `idr` or `layers`.
+        name: `tasks_idr`, `tasks_loss`, `tasks` (both side by side), `nulls_features`, `nulls_loss`, `nulls` (both),
+            `overlap`, `idr` or `layers`.
         width: Width of the plot area in CSS pixels.
         scale: Pixels per CSS pixel.
 
@@ -228,12 +232,15 @@ def chart_png(audit: Spec, curve: pa.Table, name: str, *, width: int = 640, scal
         KeyError: When this audit has no data for that chart.
     """
     charts = build_charts(audit, curve)
-    if name == "tasks":
-        parts = [charts[part] for part in ("tasks_idr", "tasks_loss") if part in charts]
+    pairs = {"tasks": ("tasks_idr", "tasks_loss"), "nulls": tuple(STRIPS)}
+    if name in pairs:
+        parts = [part for part in pairs[name] if part in charts]
         if not parts:
             raise KeyError(name)
         each = width // len(parts)
-        chart = alt.hconcat(*(p.properties(width=each, height=chart_height(name, audit)) for p in parts))
+        chart = alt.hconcat(
+            *(charts[part].properties(width=each, height=chart_height(part, audit)) for part in parts)
+        )
     else:
         chart = charts[name].properties(width=width, height=chart_height(name, audit))
     spec = chart.to_dict()

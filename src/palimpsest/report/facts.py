@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from palimpsest.report import verdicts
 from palimpsest.report.display import count, finite, measure, percent, visible
 
 Audit = dict[str, Any]
@@ -69,6 +70,8 @@ def callouts(audit: Audit) -> list[Audit]:
     for warning in warnings:
         if "blind" in str(warning["text"]).lower():
             warning["title"] = "This dictionary is blind here"
+        elif audit.get("calibration") and "extrapolat" in str(warning["text"]).lower():
+            warning["title"] = "Outside the range of the nulls"
     said = " ".join(str(w["text"]) for w in warnings if "blind" in str(w["text"]).lower())
     for data in audit.get("datasets") or []:
         if data.get("blind") and str(data.get("name")) not in said:
@@ -78,12 +81,13 @@ def callouts(audit: Audit) -> list[Audit]:
                 f"(R²_Δ {r2}): overlap can stay high there although the model changed."
             )
             warnings.append({"title": "This dictionary is blind here", "text": text})
-    return warnings
+    return verdicts.callouts(audit) + warnings
 
 
 def reproducibility(audit: Audit, manifest: Audit) -> list[tuple[str, Any]]:
     """What a second person needs to get the same numbers."""
     pair, dictionary = audit.get("pair") or {}, audit.get("dictionary") or {}
+    battery = (audit.get("calibration") or {}).get("battery") or {}
     packages = ", ".join(
         f"{name} {version}" for name, version in sorted((manifest.get("packages") or {}).items())
     )
@@ -91,6 +95,8 @@ def reproducibility(audit: Audit, manifest: Audit) -> list[tuple[str, Any]]:
         ("base weights", pair.get("fingerprint_base")),
         ("tuned weights", pair.get("fingerprint_tuned")),
         ("dictionary sha256", dictionary.get("sha256")),
+        ("battery", battery.get("path")),
+        ("battery sha256", battery.get("sha256")),
         ("seed", audit.get("seed")),
         ("schema", audit.get("schema")),
         ("palimpsest", manifest.get("palimpsest")),
@@ -99,5 +105,13 @@ def reproducibility(audit: Audit, manifest: Audit) -> list[tuple[str, Any]]:
         ("configuration hash", manifest.get("config_hash")),
         ("run created", manifest.get("created")),
     ]
-    optional = {"palimpsest", "packages", "device", "configuration hash", "run created"}
+    optional = {
+        "battery",
+        "battery sha256",
+        "palimpsest",
+        "packages",
+        "device",
+        "configuration hash",
+        "run created",
+    }
     return [(label, value) for label, value in rows if value is not None or label not in optional]

@@ -11,10 +11,11 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from palimpsest.report import facts, tables
+from palimpsest.report import facts, tables, verdicts
 from palimpsest.report.charts import chart_height, chart_specs, page_config, vega_script
 from palimpsest.report.display import NOT_MEASURED, visible
 from palimpsest.report.latent_panels import latent_panels
+from palimpsest.report.null_charts import STRIPS, strip_text
 from palimpsest.report.theme import DARK, FONT, LIGHT, css_variables
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -64,13 +65,14 @@ def _script(source: str) -> dict[str, Markup]:
     return {"source": Markup(inner), "hash": Markup(f"'sha256-{digest}'")}
 
 
-def _style() -> Markup:
+def _style(calibrated: bool) -> Markup:
     light, dark = css_variables(LIGHT), css_variables(DARK)
     variables = (
         f":root{{color-scheme:light dark;--font:{FONT};{light}}}\n"
         f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
     )
-    sheets = [(TEMPLATES / name).read_text("utf-8") for name in ("page.css", "tables.css")]
+    names = ["page.css", "tables.css", *(["verdicts.css"] if calibrated else [])]
+    sheets = [(TEMPLATES / name).read_text("utf-8") for name in names]
     return Markup(variables + "\n".join(sheets))
 
 
@@ -90,6 +92,7 @@ def render(
     """
     datasets = [(str(d.get("name")), str(d.get("role"))) for d in audit.get("datasets") or []]
     specs = chart_specs(audit, curve)
+    calibrated = verdicts.calibration(audit)
     scripts = [_script(vega_script())] if specs else []
     scripts.append(_script((TEMPLATES / "page.js").read_text("utf-8")))
     return (
@@ -102,6 +105,12 @@ def render(
             legacy=audit.get("mode") == "legacy",
             facts=facts.facts(audit),
             callouts=facts.callouts(audit),
+            calibration=calibrated,
+            strip_texts={
+                name: strip_text(audit["calibration"], key)
+                for name, (key, _) in STRIPS.items()
+                if name in specs
+            },
             tasks=tables.task_table(audit),
             datasets=tables.dataset_table(audit),
             curve=tables.curve_table(audit),
@@ -112,7 +121,7 @@ def render(
             specs=specs,
             heights={name: chart_height(name, audit) for name in specs},
             chart_data={"specs": specs, "config": page_config()},
-            style=_style(),
+            style=_style(calibrated is not None),
             scripts=scripts,
         )
     )

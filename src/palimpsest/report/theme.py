@@ -80,6 +80,8 @@ def vega_config(colour: Callable[[str], str], font: str = FONT) -> dict[str, Any
         },
         "legend": {
             "labelColor": colour("ink"),
+            "titleColor": colour("muted"),
+            "titleFontWeight": "normal",
             "labelFontSize": 12,
             "symbolStrokeWidth": 2.5,
             "symbolSize": 300,
@@ -94,5 +96,7 @@ def vega_config(colour: Callable[[str], str], font: str = FONT) -> dict[str, Any
             "primary": {"color": colour("muted")},
             "primary-label": {"color": colour("muted"), "fontSize": 11},
             "weight": {"color": colour("tuned")},
+            "band": {"color": colour("muted")},
+            "suspect": {"color": colour("tuned")},
         },
     }

@@ -1,0 +1,147 @@
+"""`battery calibrate` as a stage: train the nulls of a base once, and keep what they do to its battery."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palimpsest.artifacts import Artifact, RunFolder, input_entry
+from palimpsest.audit.calibration import nulls_needed
+from palimpsest.audit.nulls.config import CalibrateConfig
+from palimpsest.audit.nulls.recipes import NullRecipe, make_recipes
+from palimpsest.audit.nulls.store import CALIBRATION, FIGURES, RECORDS, save_nulls
+from palimpsest.audit.nulls.work import CACHE, Workshop, cache_file, load_null, save_null, start_worker, work
+from palimpsest.errors import NumericsError
+from palimpsest.log import log, progress
+from palimpsest.options import config_dict
+
+SMALL = 100_000_000
+"""Parameters up to which several nulls are trained at once on a CPU."""
+
+Job = tuple[NullRecipe, Path]
+
+
+def calibrate_battery(config: CalibrateConfig) -> Artifact:
+    """Train and measure the nulls of a battery; finished ones are found in its cache and not made again.
+
+    Raises:
+        PalimpsestError: The battery, its base or the null corpora cannot be used.
+        NumericsError: Every null diverged.
+    """
+    started = time.monotonic()
+    shop = Workshop(config)
+    shop.check()
+    families = shop.families()
+    texts = {family: _text_hash(shop, family) for family in families}
+    recipes = make_recipes(
+        config.nulls,
+        families,
+        full_lr=config.full_lr,
+        lora_lr=config.lora_lr,
+        steps=config.steps,
+        methods=config.methods,
+        seed=config.seed,
+    )
+    jobs = [(recipe, cache_file(config.path, config, recipe, texts[recipe.family])) for recipe in recipes]
+    if config.overwrite:
+        for _, path in jobs:
+            path.unlink(missing_ok=True)
+    todo = [job for job in jobs if not job[1].exists()]
+    (config.path / CACHE).mkdir(exist_ok=True)
+    if len(todo) < len(jobs):
+        log.warning("%d of %d nulls were made earlier and are used again.", len(jobs) - len(todo), len(jobs))
+    _make(config, shop, todo)
+    return _collect(config, shop, jobs, time.monotonic() - started)
+
+
+def worker_count(config: CalibrateConfig, shop: Workshop, jobs: int) -> int:
+    """How many nulls are trained at once."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if config.workers is not None:
+        return max(1, min(config.workers, jobs))
+    size = sum(parameter.numel() for parameter in shop.model.model.parameters())
+    alone = shop.model.device.type != "cpu" or size > SMALL
+    return 1 if alone else max(1, min(cores, jobs))
+
+
+def _make(config: CalibrateConfig, shop: Workshop, todo: Sequence[Job]) -> None:
+    if not todo:
+        return
+    workers = worker_count(config, shop, len(todo))
+    with progress("training nulls", len(todo), unit="nulls") as advance:
+        if workers == 1:
+            for recipe, path in todo:
+                record, figures = shop.make(recipe)
+                save_null(path, record, figures)
+                advance(1)
+            return
+        threads = max(1, torch.get_num_threads() // workers)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=get_context("spawn"), initializer=start_worker, initargs=(config, threads)
+        )
+        try:
+            futures = [pool.submit(work, recipe, path) for recipe, path in todo]
+            for future in as_completed(futures):
+                future.result()
+                advance(1)
+        except BrokenProcessPool as error:
+            raise NumericsError(
+                "A process that trained a null ended without a word, most often for want of memory",
+                fix="Run the command again with --workers 1; finished nulls are kept",
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _collect(config: CalibrateConfig, shop: Workshop, jobs: Sequence[Job], seconds: float) -> Artifact:
+    """Put the nulls together as an artifact of their own inside the battery."""
+    found = [load_null(path) for _, path in jobs]
+    records = [record for record, _ in found]
+    used = [record for record in records if record["diverged"] is None]
+    if not used:
+        raise NumericsError(
+            "Every null diverged",
+            found=records[0]["diverged"] if records else "no null",
+            fix="Lower --full-lr and --lora-lr",
+        )
+    folder = config.path / CALIBRATION
+    with RunFolder(
+        folder,
+        stage=CALIBRATION,
+        config=config_dict(config, drop=("overwrite", "workers")),
+        inputs={"battery": input_entry(config.path)},
+        seed=config.seed,
+        device=str(shop.model.device),
+        overwrite=folder.exists(),
+    ) as run:
+        run.write_json(RECORDS, records)
+        save_nulls(run.file(FIGURES), {record["index"]: figures for record, figures in found if figures})
+        run.timing("calibrate", seconds)
+        return run.finish(summary=describe(shop.battery.names, records))
+
+
+def describe(names: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
+    """How many nulls of which family there are, and which corpora they can judge."""
+    used = [record for record in records if record["diverged"] is None]
+    families = Counter(record["family"] for record in used)
+    need = nulls_needed(0.05)
+    parts = [f"{len(used)} nulls: " + ", ".join(f"{count} on {name}" for name, count in families.items())]
+    if lost := [record["name"] for record in records if record["diverged"] is not None]:
+        parts.append(f"{len(lost)} diverged and are left out: {', '.join(lost)}")
+    short = [name for name in names if len(used) - families[name] < need]
+    if short:
+        parts.append(f"too few for a verdict at level 0.05 on {', '.join(short)} (need {need})")
+    return "; ".join(parts) + "."
+
+
+def _text_hash(shop: Workshop, family: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(shop.blocks(family).numpy().tobytes()).hexdigest()
