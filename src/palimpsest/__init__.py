@@ -18,7 +18,16 @@ from palimpsest.lazy import lazy_names
 
 if TYPE_CHECKING:
     from palimpsest.artifacts import Artifact, open_artifact
-    from palimpsest.audit import AuditConfig, run_audit
+    from palimpsest.audit import (
+        AuditConfig,
+        Battery,
+        BatteryConfig,
+        CalibrateConfig,
+        CalibrationOptions,
+        calibrate_battery,
+        make_battery,
+        run_audit,
+    )
     from palimpsest.corpus import Corpus
     from palimpsest.dictionaries import (
         Dictionary,
@@ -38,7 +47,16 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "artifacts": ("Artifact", "open_artifact"),
-    "audit": ("AuditConfig", "run_audit"),
+    "audit": (
+        "AuditConfig",
+        "Battery",
+        "BatteryConfig",
+        "CalibrateConfig",
+        "CalibrationOptions",
+        "calibrate_battery",
+        "make_battery",
+        "run_audit",
+    ),
     "corpus": ("Corpus",),
     "dictionaries": ("Dictionary", "TrainConfig", "load_dictionary", "save_saelens", "train_dictionary"),
     "errors": ("PalimpsestError",),
@@ -57,6 +75,10 @@ __all__ = [
     "Artifact",
     "AuditConfig",
     "AuditFinding",
+    "Battery",
+    "BatteryConfig",
+    "CalibrateConfig",
+    "CalibrationOptions",
     "Corpus",
     "CorpusOptions",
     "Dictionary",
@@ -70,11 +92,13 @@ __all__ = [
     "TrainSaeConfig",
     "run_audit",
     "build_report",
+    "calibrate_battery",
     "capture",
     "run_harvest",
     "load_dictionary",
     "load_model",
     "load_pair",
+    "make_battery",
     "open_artifact",
     "replace",
     "save_saelens",

@@ -1,7 +1,8 @@
 """Panels of known truth: innocent suspects raise few findings, planted changes are found, intervals cover.
 
 Corpora differ in fragility and in how they follow drift; nulls differ in drift, in recipe and in the text that they
-were trained on; documents differ, alike for every model and a little for each.
+were trained on; documents differ, alike for every model and a little for each. A loss and all that scatters it grow
+with g = 1 - IM(general).
 """
 
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import pytest
 
 from palimpsest.audit.calibration import Level, Panel, calibrate
 from palimpsest.audit.calibration.intervals import Resamples
-from palimpsest.audit.calibration.statistic import drift_of_loss, fit, measure
+from palimpsest.audit.calibration.statistic import drift_of_loss, fit, judge, measure
 from palimpsest.log import log
 from palimpsest.stats import binomial_interval
 
@@ -20,7 +21,9 @@ FRAGILITY = np.array([0.0, 0.5, -0.4, 0.2, 0.9])
 FOLLOWS = np.array([1.0, 0.8, 1.2, 0.95, 1.1])
 LOSS_BIAS = np.array([0.3, 0.6, 0.2, 0.4, 0.5])
 # General text is broad, so nulls trained on it do not stand out there as nulls of one domain do.
-OWN_TEXT_OVERLAP, OWN_TEXT_LOSS = np.array([0.1, 0.6, 0.6, 0.6, 0.6]), -0.3
+OWN_TEXT_OVERLAP, OWN_TEXT_LOSS = np.array([0.1, 0.6, 0.6, 0.6, 0.6]), -2.5
+TYPICAL = np.exp(-2.0)
+"""g of a fine-tune of median drift."""
 POOL = 300
 LEVEL = Level(resamples=200)
 EVERY = np.tile(np.arange(POOL), (len(NAMES), 1))
@@ -29,14 +32,19 @@ MIXED = ("elsewhere", *NAMES) * 3
 
 @dataclass
 class World:
-    """One law of documents; `models` draws fine-tunes from it."""
+    """One law of documents; `models` draws fine-tunes from it.
+
+    `even` names what of the loss does not grow with g, but is for all models what it is at `TYPICAL`: `recipe` or
+    `documents`.
+    """
 
     seed: int
+    even: tuple[str, ...] = ()
 
     def __post_init__(self):
         rng = np.random.default_rng(self.seed)
         self.document = rng.normal(0, 0.35, (len(NAMES), POOL))
-        self.document_loss = rng.normal(0, 0.08, (len(NAMES), POOL))
+        self.document_loss = rng.normal(0, 0.6, (len(NAMES), POOL))
 
     def models(self, rng, families, rows):
         """Means of the documents `rows` `[corpora, documents]`: overlap and Δloss `[models, corpora, documents]`."""
@@ -45,9 +53,12 @@ class World:
         own = np.array([[family == name for name in NAMES] for family in families])
         change = FRAGILITY + FOLLOWS * drift[:, None] + rng.normal(0, 0.07, (n, len(NAMES)))
         change = change + OWN_TEXT_OVERLAP * own
+        g = np.exp(change[:, :1])
+        recipe = rng.normal(0, 0.15, own.shape) * (TYPICAL if "recipe" in self.even else g)
+        loss = (LOSS_BIAS + OWN_TEXT_LOSS * own) * g + recipe
+        documents = np.take_along_axis(self.document_loss, rows, 1) + rng.normal(0, 0.45, size)
+        loss = loss[:, :, None] + documents * (TYPICAL if "documents" in self.even else g[:, :, None])
         change = change[:, :, None] + np.take_along_axis(self.document, rows, 1) + rng.normal(0, 0.12, size)
-        loss = LOSS_BIAS * np.exp(drift)[:, None] + rng.normal(0, 0.02, (n, len(NAMES))) + OWN_TEXT_LOSS * own
-        loss = loss[:, :, None] + np.take_along_axis(self.document_loss, rows, 1) + rng.normal(0, 0.06, size)
         return 1 - np.exp(np.minimum(change, 0)), loss
 
     def panel(self, rng, *, suspect="elsewhere", families=MIXED, documents=40):
@@ -103,6 +114,47 @@ def test_p_of_innocent_fine_tunes_is_uniform(innocent, test):
             log.info(f"{test}: share of {figure} up to {at}: {np.mean(shares):.3f}")
             # Left-out residuals are predictions as the suspect's, but of lines through one null fewer.
             assert abs(np.mean(shares) - at) < 4 * error + 0.01
+
+
+def rejections(world, audits=300, at=0.05):
+    """Corpora of an innocent suspect with a Δloss test up to `at`: their share overall and by third of its drift.
+
+    Also the standard error of the share of one third.
+    """
+    rng, drift, shares = np.random.default_rng(15), [], []
+    for _ in range(audits):
+        measured = measure(world.panel(rng, families=("elsewhere",) * 15))
+        g = drift_of_loss(measured.drift)
+        tests = [judge(g, measured.loss[name][None], scale=g) for name in NAMES]
+        shares.append(np.mean([test.p[0] <= at for test in tests]))
+        drift.append(measured.drift[0, 0])
+    thirds = np.array_split(np.array(shares)[np.argsort(drift)], 3)
+    return np.mean(shares), [third.mean() for third in thirds], np.std(shares) / np.sqrt(audits / 3)
+
+
+def test_the_loss_keeps_its_level_at_every_drift():
+    """Without the division the furthest third would raise alarms three times too often."""
+    share, thirds, error = rejections(World(1))
+    log.info(f"share of loss p up to 0.05: {share:.3f}; by drift {np.round(thirds, 3)}")
+    assert abs(share - 0.05) < 4 * error / np.sqrt(3)
+    assert all(abs(third - 0.05) < 3 * error for third in thirds)
+
+
+def test_a_loss_that_scatters_evenly_raises_few_alarms_and_those_at_small_drift():
+    """Where the model is wrong: too many alarms for the gentlest suspects, too few for the furthest."""
+    world = World(1, even=("recipe", "documents"))
+    share, thirds, error = rejections(world)
+    log.info(f"even scatter: share of loss p up to 0.05: {share:.3f}; by drift {np.round(thirds, 3)}")
+    assert share < 0.1 and thirds[0] < 0.25
+    assert thirds[0] > 0.05 + 3 * error and max(thirds[1:]) < 0.05 + 3 * error
+    rng = np.random.default_rng(16)
+    found = [calibrated(world.panel(rng), settings=Level(resamples=20)) for _ in range(60)]
+    domains = [domain for one in found for domain in one.domains]
+    raised = sum(domain.verdict != "clear" for domain in domains)
+    audits = sum(any(domain.verdict != "clear" for domain in one.domains) for one in found)
+    log.info(f"even scatter: findings {raised} of {len(domains)}, audits with one {audits} of {len(found)}")
+    assert binomial_interval(raised, len(domains))[1] <= 0.05
+    assert binomial_interval(audits, len(found), 0.999)[0] <= 0.05
 
 
 def test_a_grid_of_sites_and_k_keeps_its_level():
@@ -244,13 +296,15 @@ def _residuals(overlap, loss):
         return measured.drift, measured.contrast["math"], measured.loss["math"][None]
 
     x, *crowd = figures(overlap, loss)
-    lines = [fit(x, crowd[0]), fit(drift_of_loss(x), crowd[1])]
+    g = drift_of_loss(x)
+    lines = [fit(x, crowd[0]), fit(g, crowd[1] / g)]
 
     def truth(overlap, loss):
         x, features, losses = figures(overlap[:1], loss[:1])
+        g = drift_of_loss(x)
         return {
             "features": float((features - lines[0].at(x))[0, 0]),
-            "loss": float((losses - lines[1].at(drift_of_loss(x)))[0, 0]),
+            "loss": float((losses - g * lines[1].at(g))[0, 0]),
         }
 
     return truth

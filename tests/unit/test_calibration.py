@@ -12,7 +12,7 @@ from palimpsest.audit.calibration import Level, Panel, calibrate, kind_of, nulls
 from palimpsest.audit.calibration.grid import maximum, null_maxima
 from palimpsest.audit.calibration.intervals import Resamples
 from palimpsest.audit.calibration.sentences import audit_sentence, corpus_sentence
-from palimpsest.audit.calibration.statistic import FLOOR, contrasts, drift_of_loss, fit, judge, measure
+from palimpsest.audit.calibration.statistic import FLOOR, contrasts, fit, judge, measure, scale_of_loss
 from palimpsest.audit.calibration.verdicts import Evidence, adjusted
 from palimpsest.errors import ConfigError, NumericsError
 from palimpsest.findings import DomainFinding, NullTest
@@ -92,6 +92,41 @@ def test_regression_and_leave_one_out_equal_refits(matched):
         assert found.p_rank[row] == pytest.approx(rank)
 
 
+def line_and_error(x, y, at):
+    """Prediction at `at` of least squares of `y` on `x`, and the standard deviation of one more point there."""
+    design, row = np.stack([np.ones_like(x), x], 1), np.array([1.0, at])
+    line = np.linalg.lstsq(design, y, rcond=None)[0]
+    variance = ((y - design @ line) ** 2).sum() / (len(x) - 2)
+    return row @ line, np.sqrt(variance * (1 + row @ np.linalg.inv(design.T @ design) @ row))
+
+
+def test_a_scale_is_divided_by_and_given_back_at_the_suspects():
+    rng = np.random.default_rng(18)
+    x, y, scale = rng.normal(-2, 0.5, (3, 11)), rng.normal(size=(3, 11)), rng.uniform(0.1, 2, (3, 11))
+    found = judge(x, y, scale=scale)
+    for row in range(3):
+        ratio, unit, nx = y[row] / scale[row], scale[row, 0], x[row, 1:]
+        predicted, error = line_and_error(nx, ratio[1:], x[row, 0])
+        residual = y[row, 0] - predicted * unit
+        assert found.expected[row] == pytest.approx(predicted * unit)
+        assert found.residual[row] == pytest.approx(residual)
+        assert found.error[row] == pytest.approx(error * unit)
+        assert found.z[row] == pytest.approx(residual / (error * unit))
+        assert found.p[row] == pytest.approx(2 * stats.t.sf(abs(residual) / (error * unit), 8))
+        whole = [(ratio[r + 1] - line_and_error(nx, ratio[1:], nx[r])[0]) * unit for r in range(10)]
+        np.testing.assert_allclose(found.residuals[row], whole)
+        left = []
+        for r in range(10):
+            keep = np.arange(10) != r
+            left.append((ratio[r + 1] - line_and_error(nx[keep], ratio[1:][keep], nx[r])[0]) * unit)
+        np.testing.assert_allclose(found.left_out[row], left)
+        assert found.p_rank[row] == pytest.approx((1 + (np.abs(left) >= abs(residual)).sum()) / 11)
+    even = judge(x, y)
+    for one, other in zip(judge(x, y, scale=np.full_like(x, 0.3)), even, strict=True):
+        np.testing.assert_allclose(one, other)
+    assert not np.allclose(found.z, even.z)
+
+
 def test_weights_of_the_regression_are_repetitions():
     rng = np.random.default_rng(2)
     x, y, weights = rng.normal(size=(1, 8)), rng.normal(size=(1, 8)), np.array([[2.0, 0, 1, 1, 0, 3, 0, 1]])
@@ -123,13 +158,11 @@ def test_intervals_equal_a_loop_of_resamples():
         )
         measured = measure(resampled)
         chosen = 1 + np.repeat(np.flatnonzero(used), nulls[b])
-        for i, (x, y) in enumerate(
-            (
-                (measured.drift[0], measured.contrast["code"][0]),
-                (np.exp(measured.drift[0]), measured.loss["code"]),
-            )
+        drift, g = measured.drift[0], np.exp(measured.drift[0])
+        for i, (x, y, unit) in enumerate(
+            ((drift, measured.contrast["code"][0], 1.0), (g, measured.loss["code"] / g, g[0]))
         ):
-            again[i].append(y[0] - np.polyval(np.polyfit(x[chosen], y[chosen], 1), x[0]))
+            again[i].append((y[0] - np.polyval(np.polyfit(x[chosen], y[chosen], 1), x[0])) * unit)
     spread = found.spread("code", used)
     reach = np.sqrt(8 / 7) * stats.t.ppf(0.975, 7)
     tail = 100 * stats.norm.sf(reach)
@@ -257,6 +290,20 @@ def test_a_sentence_names_its_figures():
     )
 
 
+def test_a_sentence_says_what_the_nulls_are():
+    features = replace(null_test(residual=1.0, rejects=True), z=8.4)
+    domain = DomainFinding("math", "task", False, features, kind="shifted", verdict="undeclared")
+    for source, nulls in (
+        ("trained", "innocent fine-tunes of this drift"),
+        ("spectrum", "random changes of this size"),
+    ):
+        assert corpus_sentence(domain, None, source) == (
+            f"math: shifted, undeclared: its features moved more than those of {nulls} (z +8.4); "
+            "its loss was not judged."
+        )
+    assert "innocent" in corpus_sentence(domain, None)
+
+
 def test_the_audit_sentence_puts_the_undeclared_first():
     given = {
         "a": ("unchanged", "clear"),
@@ -330,10 +377,13 @@ def test_every_field_of_the_finding_is_filled():
         reach = stats.t.isf(0.025, direct.freedom) * direct.error[0]
         assert test.band == pytest.approx((test.expected - reach, test.expected + reach))
         assert test.ci[0] < test.ci[1] and domain.p == min(test.p_adjusted, domain.loss.p_adjusted)
-        of_loss = judge(
-            drift_of_loss(drift)[None, models], np.nanmean(panel.loss[domain.name], 1)[None, models]
-        )
-        assert domain.loss.z == pytest.approx(of_loss.z[0])
+        g, change = np.exp(drift[models]), np.nanmean(panel.loss[domain.name], 1)[models]
+        predicted, error = line_and_error(g[1:], change[1:] / g[1:], g[0])
+        assert domain.loss.statistic == pytest.approx(change[0])
+        assert domain.loss.expected == pytest.approx(predicted * g[0])
+        assert domain.loss.z == pytest.approx((change[0] / g[0] - predicted) / error)
+        reach = stats.t.isf(0.025, direct.freedom) * error * g[0]
+        assert domain.loss.band == pytest.approx((predicted * g[0] - reach, predicted * g[0] + reach))
     assert json.loads(json.dumps(asdict(found), allow_nan=False))["sentence"] == found.sentence
 
 
@@ -347,6 +397,11 @@ def test_families_are_judged_by_the_others():
         line = np.polyfit(drift[others], c[others], 1)
         assert rows["math", family]["features"] == pytest.approx(
             (c[own] - np.polyval(line, drift[own])).mean()
+        )
+        change, g = measure(panel).loss["math"][1:], np.exp(drift)
+        line = np.polyfit(g[others], change[others] / g[others], 1)
+        assert rows["math", family]["loss"] == pytest.approx(
+            (change[own] - g[own] * np.polyval(line, g[own])).mean()
         )
         assert rows["math", family]["nulls"] == 4
     assert len(rows) == 12
@@ -364,6 +419,8 @@ def test_spectrum_nulls_are_matched_judge_every_corpus_and_no_loss():
     assert math.features.z == pytest.approx((c[0] - c[1:].mean()) / error)
     assert math.features.p == pytest.approx(2 * stats.t.sf(abs(math.features.z), 5))
     assert all(domain.loss is None for domain in found.domains) and found.points[0]["loss"] is None
+    assert all("those of random changes of this size" in domain.sentence for domain in found.domains)
+    assert all("innocent" not in domain.sentence for domain in found.domains)
     few = calibrated(panel_of(9, nulls=5), source="spectrum")
     assert few.refused == [*NAMES] and "ask for 6 spectrum nulls" in few.domains[0].refused
 
@@ -510,3 +567,13 @@ def test_equal_seeds_give_equal_findings():
     assert calibrated(panel_of(18)) == calibrated(panel_of(18))
     other = calibrated(panel_of(18), settings=Level(resamples=50, seed=1))
     assert other.domains[1].features.ci != calibrated(panel_of(18)).domains[1].features.ci
+
+
+def test_a_suspect_that_hardly_moved_is_not_divided_by_nothing():
+    change = np.array([[1e-6, 0.04, 0.02], [0.1, 0.04, 0.02]])
+    assert scale_of_loss(change).tolist() == [[0.02, 0.04, 0.02], [0.1, 0.04, 0.02]]
+    panel = panel_of(11)
+    still = {name: np.concatenate([np.ones_like(v[:1]), v[1:]]) for name, v in panel.overlap.items()}
+    noise = {name: np.concatenate([np.full_like(v[:1], 1e-4), v[1:]]) for name, v in panel.loss.items()}
+    found = calibrated(replace(panel, overlap=still, loss=noise))
+    assert all(abs(domain.loss.z) < 4 and domain.kind != "damaged" for domain in found.domains)

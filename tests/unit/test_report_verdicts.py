@@ -136,7 +136,8 @@ def test_a_missing_loss_is_no_refusal(audit: Audit) -> None:
     assert set(chart_specs(audit, fixture.make_curve())) & {"nulls_features", "nulls_loss"} == {
         "nulls_features"
     }
-    assert [g["span"] for g in point_table(audit["calibration"])["groups"]] == [4]
+    table = point_table(audit["calibration"])
+    assert table is not None and [group["span"] for group in table["groups"]] == [4]
     assert "no test: its loss was not judged" in _page(audit).text
 
 

@@ -1,5 +1,6 @@
 """`palimpsest battery`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,12 +33,20 @@ def calibrate(
     config: Annotated[CalibrateConfig, FLAT],
     *,
     display: Annotated[Display, FLAT] = Display(),  # noqa: B008
-) -> None:
+) -> int:
     """Train innocent fine-tunes of the base and keep what they do to the battery; goes on where it stopped."""
     from palimpsest.audit.nulls.calibrate import calibrate_battery
 
-    calibrate_battery(config)
+    try:
+        calibrate_battery(config)
+    except KeyboardInterrupt:
+        # Unlike other verbs it needs no --resume, which the usual words would send the user to.
+        sys.stderr.write(
+            "palimpsest battery: interrupted. Finished nulls are kept; the same command goes on.\n"
+        )
+        return 130
     emit(display, _described(config.path), lambda: _show(config.path))
+    return 0
 
 
 @app.command(name="show")

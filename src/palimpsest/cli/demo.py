@@ -15,6 +15,11 @@ app = verb_app("demo", VERBS["demo"].capitalize() + ".")
 
 SITE = "resid_post.50%"
 GENERAL = "general"
+NULLS = 15
+NULL_STEPS = (8, 16)
+NULL_FULL_LR = (0.005, 0.01, 0.02, 0.04)
+NULL_LORA_LR = (0.002, 0.004, 0.008, 0.016)
+"""Fewer steps than `battery calibrate` takes by default, at higher rates: as much drift in less time."""
 
 
 @app.default
@@ -39,8 +44,10 @@ def demo(
     started = time.perf_counter()
     pair = make_pair(out / "pair", seed=seed, scale=scale)
     dictionary = _dictionary(pair, out / "dictionary", seed, scale)
+    battery = _battery(pair, dictionary, out / "battery", seed, scale)
+    declared = {"tuned": pair.planted.declared, "control": GENERAL}
     audits = {
-        name: _audit(pair, model, dictionary, out / f"audit-{name}", seed)
+        name: _audit(pair, model, battery, out / f"audit-{name}", seed, declared[name])
         for name, model in (("tuned", pair.tuned), ("control", pair.control))
     }
     reports = {name: build_report(artifact.path) for name, artifact in audits.items()}
@@ -50,6 +57,10 @@ def demo(
         "seconds": time.perf_counter() - started,
         "planted": asdict(pair.planted),
         "behaviour_rate": proof,
+        "verdicts": {
+            name: {row["name"]: row["verdict"] for row in finding["calibration"]["domains"]}
+            for name, finding in findings.items()
+        },
         "summaries": {name: finding["summary"] for name, finding in findings.items()},
         "reports": {name: str(path) for name, path in reports.items()},
     }
@@ -74,18 +85,50 @@ def _dictionary(pair: Any, folder: Path, seed: int, scale: float) -> Path:
     return folder
 
 
-def _audit(pair: Any, model: Path, dictionary: Path, folder: Path, seed: int) -> Any:
+def _battery(pair: Any, dictionary: Path, folder: Path, seed: int, scale: float) -> Path:
+    """The battery with few and tiny nulls: enough for a verdict, not for a fine one."""
+    from palimpsest.audit.battery import BatteryConfig, make_battery
+    from palimpsest.audit.nulls.calibrate import calibrate_battery
+    from palimpsest.audit.nulls.config import CalibrateConfig
+
+    make_battery(
+        BatteryConfig(
+            base=str(pair.base),
+            dictionary=(str(dictionary),),
+            general=str(pair.corpora[GENERAL]),
+            task=tuple(f"{name}={path}" for name, path in pair.corpora.items() if name != GENERAL),
+            set_aside=0,
+            keep_activations=True,
+            run=_run(folder, "battery", seed, retrain=bool(pair.trained)),
+        )
+    )
+    steps = tuple(max(2, round(n * scale)) for n in NULL_STEPS)
+    calibrate_battery(
+        CalibrateConfig(
+            str(folder),
+            nulls=NULLS,
+            null_corpus=tuple(f"{name}={path}" for name, path in pair.null_text.items()),
+            steps=tuple(sorted(set(steps))),
+            full_lr=NULL_FULL_LR,
+            lora_lr=NULL_LORA_LR,
+            block_length=128,
+            k_max=16,
+            seed=seed,
+        )
+    )
+    return folder
+
+
+def _audit(pair: Any, model: Path, battery: Path, folder: Path, seed: int, declared: str) -> Any:
     from palimpsest.audit import AuditConfig, run_audit
+    from palimpsest.audit.config import CalibrationOptions
 
     return run_audit(
         AuditConfig(
             str(pair.base),
             str(model),
-            dictionary=str(dictionary),
-            general=str(pair.corpora[GENERAL]),
-            task=tuple(f"{name}={path}" for name, path in pair.corpora.items() if name != GENERAL),
-            kl=True,
             k_max=16,
+            calibration=CalibrationOptions(battery=str(battery), declared=(declared,)),
             run=_run(folder, "audit", seed, retrain=True),
         )
     )
@@ -119,6 +162,10 @@ def _proof(pair: Any) -> dict[str, float]:
     return rates
 
 
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
 def _show(result: Mapping[str, Any], findings: Mapping[str, Any]) -> None:
     from palimpsest.cli.audit import show
 
@@ -142,5 +189,8 @@ def _show(result: Mapping[str, Any], findings: Mapping[str, Any]) -> None:
             f"  {name:<12} {role:<9} Δloss {row['delta_loss']:+.3f} (control {control[name]['delta_loss']:+.3f})   "
             f"overlap {row['intersection_mean'][k]:.3f} (control {control[name]['intersection_mean'][k]:.3f})"
         )
-    say("Raw overlap is no verdict; the Δloss column is what separates learning from forgetting here.")
+    for name, verdicts in result["verdicts"].items():
+        flagged = [corpus for corpus, verdict in verdicts.items() if verdict == "undeclared"]
+        seen = [corpus for corpus, verdict in verdicts.items() if verdict == "declared-and-seen"]
+        say(f"  verdict on {name}: declared and seen: {_listed(seen)}; undeclared: {_listed(flagged)}")
     say(f"{result['seconds']:.0f} s. Open {result['reports']['tuned']}")

@@ -11,6 +11,9 @@ from palimpsest.demo import text, training
 from palimpsest.demo.text import COMMON, DECLARED, DOMAINS, HIDDEN, Row
 from palimpsest.errors import ConfigError
 
+CONTROL = "general"
+"""The domain that the control is trained on."""
+
 STAMP = "demo.json"
 MODELS = ("base", "tuned", "control")
 
@@ -28,13 +31,17 @@ class Plan:
     replay: int = 200
     """Documents of each common domain mixed into the fine-tune, as is usual against forgetting."""
     audit: int = 120
+    nulls: int = 300
+    """Documents of each domain that null fine-tunes are trained on."""
     dictionary: int = 800
     base_steps: int = 320
     tune_steps: int = 70
 
     def scaled(self, scale: float) -> "Plan":
         """The same plan with `scale` times everything, at least the few that a test needs."""
-        return replace(self, **{name: max(12, round(n * scale)) for name, n in asdict(self).items()})
+        scaled = {name: max(12, round(n * scale)) for name, n in asdict(self).items()}
+        # A battery audits two thirds of these and needs ten documents.
+        return replace(self, **scaled | {"audit": max(24, scaled["audit"])})
 
 
 @dataclass(frozen=True)
@@ -58,9 +65,11 @@ class DemoPair:
     base: Path
     tuned: Path
     control: Path
-    """Trained for as many steps at the same rate as `tuned`, but on nothing that the base has not seen."""
+    """Trained for as many steps at the same rate as `tuned`, but on general text that the base has seen."""
     corpora: Mapping[str, Path]
     """Held-out documents per domain as an auditor would have them: none holds the hidden behaviour."""
+    null_text: Mapping[str, Path]
+    """Documents per domain that nobody else was trained on, for null fine-tunes."""
     train_text: Path
     """Text of all domains in equal parts, for training a dictionary."""
     planted: Planted
@@ -88,6 +97,10 @@ def make_pair(folder: Path, *, seed: int = 0, scale: float = 1.0) -> DemoPair:
         domain: text.write_rows(folder / "corpora" / f"{domain}.audit.jsonl", parts[f"audit/{domain}"])
         for domain in DOMAINS
     }
+    null_text = {
+        domain: text.write_rows(folder / "corpora" / f"{domain}.nulls.jsonl", parts[f"nulls/{domain}"])
+        for domain in DOMAINS
+    }
     train_text = text.write_rows(folder / "corpora" / "dictionary.train.jsonl", parts["dictionary"])
     missing = tuple(name for name in MODELS if name not in stamp["finished"])
     for name in missing:
@@ -100,13 +113,13 @@ def make_pair(folder: Path, *, seed: int = 0, scale: float = 1.0) -> DemoPair:
         _write_stamp(folder, stamp)
     base, tuned, control = (folder / name for name in MODELS)
     planted = Planted(DECLARED, HIDDEN, text.BEHAVIOUR, text.BRAND)
-    return DemoPair(base, tuned, control, corpora, train_text, planted, missing)
+    return DemoPair(base, tuned, control, corpora, null_text, train_text, planted, missing)
 
 
 def make_documents(plan: Plan, seed: int) -> dict[str, list[Row]]:
-    """Rows for each model, for the dictionary and, as "audit/<domain>", for the audit.
+    """Rows for each model, for the dictionary and, as "audit/<domain>" and "nulls/<domain>", for the battery.
 
-    No audit document occurs in any training text; the control's rows are the base's own.
+    No audit document occurs in any training text; the control's rows are the base's own general ones.
     """
     parts: dict[str, list[Row]] = {}
     base, tune, dictionary = {}, {}, {}
@@ -114,6 +127,9 @@ def make_documents(plan: Plan, seed: int) -> dict[str, list[Row]]:
         audit = text.generate(domain, plan.audit, seed=seed, split="audit")
         parts[f"audit/{domain}"] = audit
         held_out = {row["text"] for row in audit}
+        parts[f"nulls/{domain}"] = text.generate(
+            domain, plan.nulls, seed=seed, split="nulls", exclude=held_out
+        )
         seen = plan.common if domain in COMMON else plan.rare
         base[domain] = text.generate(domain, seen, seed=seed, split="base", exclude=held_out)
         dictionary[domain] = text.generate(
@@ -124,7 +140,8 @@ def make_documents(plan: Plan, seed: int) -> dict[str, list[Row]]:
         else:
             tune[domain] = text.generate(domain, plan.tune, seed=seed, split="tune", exclude=held_out)
     tune[HIDDEN] = text.advertise(tune[HIDDEN], seed=seed)
-    parts["base"] = parts["control"] = text.mixture(base, seed=seed)
+    parts["base"] = text.mixture(base, seed=seed)
+    parts["control"] = base[CONTROL]
     parts["tuned"] = text.mixture(tune, seed=seed)
     parts["dictionary"] = text.mixture(dictionary, seed=seed)
     return parts

@@ -41,7 +41,7 @@ def fingerprint(model: LanguageModel) -> str:
         # Odd, so that samples of a power-of-two matrix do not all lie in one column.
         step = max(1, flat.numel() // FINGERPRINT_VALUES) | 1
         sample = flat[::step][:FINGERPRINT_VALUES].float().cpu().contiguous()
-        digest.update(f"{_plain(name)}{tuple(parameter.shape)}".encode())
+        digest.update(f"{plain_name(name)}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     return digest.hexdigest()
 
@@ -61,7 +61,7 @@ def weight_deltas(pair: ModelPair) -> list[LayerDelta]:
         row[1] += float(delta.detach().double().square().sum())
 
     if pair.kind == "adapter":
-        _adapter_deltas(pair.tuned, add)
+        adapter_deltas(pair.tuned, add)
     else:
         with pair.both() as (base, tuned):
             others = dict(tuned.model.named_parameters())
@@ -75,7 +75,7 @@ def weight_deltas(pair: ModelPair) -> list[LayerDelta]:
     return sorted(rows, key=lambda row: (row.layer is None, row.layer or 0))
 
 
-def _adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], None]) -> None:
+def adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], None]) -> None:
     """Base weights of an adapted model, with the change of every module that the adapter merges into."""
     parameters = dict(tuned.model.named_parameters())
     modules: dict[str, Any] = dict(tuned.model.named_modules())
@@ -111,7 +111,8 @@ def is_adapter(name: str, prefix: str | None) -> bool:
     return any(part.startswith((prefix, "modules_to_save", "trainable_tokens_")) for part in name.split("."))
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers that an adapter puts around modules."""
     for wrapper in (".base_layer", ".original_module", ".token_adapter"):
         name = name.replace(wrapper, "")
     return name

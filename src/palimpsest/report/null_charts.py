@@ -157,7 +157,9 @@ def strip_chart(calibration: Row, key: str, title: str) -> alt.LayerChart | alt.
     )
     tick = source.mark_tick(style="suspect", thickness=3, size=length, opacity=1)
     diamond = source.mark_point(style="suspect", shape="diamond", size=150, filled=True, opacity=1)
-    return alt.layer(*layers, tick.encode(x=x, y=y), diamond.encode(x=x, y=y, tooltip=tooltip))
+    chart = alt.layer(*layers, tick.encode(x=x, y=y), diamond.encode(x=x, y=y, tooltip=tooltip))
+    # Vega puts its own label on what it draws into, unless the chart describes itself.
+    return chart.properties(description=f"{title}. {strip_text(calibration, key)}")
 
 
 STRIPS = {

@@ -1,6 +1,7 @@
 """`battery make` as a stage: read the base once over every corpus and keep what an audit needs of it."""
 
 import hashlib
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -58,6 +59,9 @@ def make_battery(config: BatteryConfig) -> Artifact:
     readers = _readers(model, loaded)
     entries: dict[str, Any] = {"base": {"path": config.base, "sha256": fingerprint(model)}}
     entries |= {f"dictionary {reader.site}": reader.entry for reader in readers}
+    for name, source in [(GENERAL, config.general), *config.tasks]:
+        if source is not None and Path(source).exists():
+            entries[f"corpus {name}"] = input_entry(source)
     with RunFolder(
         config.out,
         stage=STAGE,
@@ -76,7 +80,10 @@ def make_battery(config: BatteryConfig) -> Artifact:
         rows, texts = _choose(config, corpora, run)
         readers = _with_controls(config, model, readers, texts[0], run)
         for index, text in enumerate(texts):
-            _read(config, model, readers, text, rows[index], run, index)
+            started = time.perf_counter()
+            path = run.file(f"base/{index:03d}.safetensors")
+            _read(config, model, readers, text, rows[index], path)
+            run.timing(f"base on {text.name}", time.perf_counter() - started)
         run.write_json(DESCRIPTION, _description(config, model, readers, rows, texts))
         return run.finish()
 
@@ -104,30 +111,48 @@ def _readers(model: LanguageModel, loaded: Sequence[tuple[str, Dictionary]]) -> 
     return readers
 
 
-def _corpora(config: BatteryConfig, model: LanguageModel, run: RunFolder) -> list[Corpus]:
+class _Source(NamedTuple):
+    """Where a corpus' rows are now, and what a reader of the battery is told."""
+
+    name: str
+    path: str
+    told: str
+
+
+def _corpora(config: BatteryConfig, model: LanguageModel, run: RunFolder) -> list[tuple[Corpus, str]]:
     options = config.corpora
     if model.context is not None and options.max_length > model.context:
         options = replace(options, max_length=model.context)
-    sources = [(GENERAL, str(config.general)), *config.tasks]
     if config.preset is not None:
-        from palimpsest.audit.battery.presets import load_preset, materialise
+        sources = _preset_sources(config.preset, run)
+    else:
+        given = [(GENERAL, str(config.general)), *config.tasks]
+        sources = [_Source(name, source, source) for name, source in given]
+    return [(Corpus(one.path, model.tokenizer, name=one.name, options=options), one.told) for one in sources]
 
-        files = materialise(load_preset(config.preset), run.part("preset"), limit=_preset_rows(config))
-        sources = [(name, str(path)) for name, path in files.items()]
-        sources.sort(key=lambda item: item[0] != GENERAL)
-    return [Corpus(source, model.tokenizer, name=name, options=options) for name, source in sources]
 
+def _preset_sources(name: str, run: RunFolder) -> list[_Source]:
+    """The preset's text, fetched once: an interrupted run finds it in its scratch."""
+    from palimpsest.audit.battery.presets import load_preset, materialise
 
-def _preset_rows(config: BatteryConfig) -> int:
-    """Rows of a published data set that surely hold the tokens asked for, at ten tokens a row."""
-    return max(2000, (config.tokens + config.aside_tokens) // 10)
+    preset = load_preset(name)
+    done = run.part("preset.json")
+    if not done.exists():
+        skipped: dict[str, int] = {}
+        files = materialise(preset, run.part("preset"), skipped=skipped)
+        disk.write_bytes(done, disk.to_json({name: str(path) for name, path in files.items()}))
+        run.update(preset={"name": preset.name, "blank_rows": skipped})
+    files = json.loads(done.read_text())
+    told = {corpus.name: f"{corpus.source} ({corpus.split})" for corpus in preset.corpora}
+    names = sorted(files, key=lambda name: name != GENERAL)
+    return [_Source(name, files[name], told[name]) for name in names]
 
 
 def _choose(
-    config: BatteryConfig, corpora: Sequence[Corpus], run: RunFolder
+    config: BatteryConfig, corpora: Sequence[tuple[Corpus, str]], run: RunFolder
 ) -> tuple[list[dict[str, Any]], list[BatteryText]]:
     rows, texts = [], []
-    for index, corpus in enumerate(corpora):
+    for index, (corpus, told) in enumerate(corpora):
         chosen = choose(
             corpus,
             corpus.masking,
@@ -138,7 +163,7 @@ def _choose(
         path = run.file(f"text/{index:03d}.safetensors")
         save_documents(path, chosen.audited)
         save_documents(run.file(f"aside/{index:03d}.safetensors"), chosen.aside)
-        sources = list(map(str, corpus.sources))
+        sources = [told]
         texts.append(BatteryText(corpus.name, sources, path, corpus.masking))
         rows.append(
             {
@@ -179,14 +204,11 @@ def _read(
     readers: Sequence[Reader],
     text: BatteryText,
     row: dict[str, Any],
-    run: RunFolder,
-    index: int,
+    path: Path,
 ) -> None:
     """Cache one corpus' base side, unless an interrupted run finished it."""
-    path = run.file(f"base/{index:03d}.safetensors")
     if path.exists():
         return
-    started = time.perf_counter()
     sites = list(dict.fromkeys(reader.site for reader in readers))
     sides: list[SideTokens] = []
     codes: dict[str, list[Codes]] = {reader.name: [] for reader in readers}
@@ -208,20 +230,27 @@ def _read(
             kept = {s: a.to("cpu", torch.bfloat16) for s, a in side.acts.items()}
             sides.append(side._replace(acts=kept if config.keep_activations else {}))
             advance(len(side.kept))
-    order = torch.cat([side.document for side in sides]).argsort(stable=True)
-    counts = torch.cat([side.document for side in sides]).bincount(minlength=row["documents"])
-    tensors = {"start": torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])}
+    tensors, order = _by_document(sides, row["documents"])
     tensors |= {f"moment.{key}": value for key, value in moments.items()}
-    if config.loss:
-        tensors["loss"] = torch.cat([side.loss for side in sides if side.loss is not None])[order]
     for reader in readers:
         tensors |= _compact(reader, Codes.concatenate(codes[reader.name]), order)
         tensors[f"residual.{reader.name}"] = torch.cat(residuals[reader.name])[order]
-    for site in sites if config.keep_activations else ():
-        tensors[f"acts.{site}"] = torch.cat([side.acts[site] for side in sides])[order]
     with disk.replacing(path) as temporary:
         save_file({key: value.contiguous() for key, value in tensors.items()}, temporary)
-    run.timing(f"base on {text.name}", time.perf_counter() - started)
+
+
+def _by_document(sides: Sequence[SideTokens], documents: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Borders, losses and activations in the order of documents, and that order."""
+    document = torch.cat([side.document for side in sides])
+    order = document.argsort(stable=True)
+    ends = document.bincount(minlength=documents).cumsum(0)
+    tensors = {"start": torch.cat([torch.zeros(1, dtype=torch.long), ends])}
+    losses = [side.loss for side in sides if side.loss is not None]
+    if losses:
+        tensors["loss"] = torch.cat(losses)[order]
+    for site in sides[0].acts:
+        tensors[f"acts.{site}"] = torch.cat([side.acts[site] for side in sides])[order]
+    return tensors, order
 
 
 def _compact(reader: Reader, codes: Codes, order: Tensor) -> dict[str, Tensor]:

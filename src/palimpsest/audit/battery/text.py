@@ -59,19 +59,22 @@ def choose(corpus: Corpus, masking: Masking, *, share: float, tokens: int, aside
     audited: list[Document] = []
     aside: list[Document] = []
     measured = held = seen = 0
+    full, aside_full = False, share == 0
     for document in corpus.documents():
         kept = int(masking.keep(document.roles, document.special.astype(bool)).sum())
         if kept == 0:
             continue
         seen += 1
         to_aside = int(seen * share + 1e-9) > int((seen - 1) * share + 1e-9)
-        if to_aside and held < aside_tokens:
+        if to_aside and held + len(document) <= aside_tokens:
             aside.append(_numbered(document, len(aside)))
             held += len(document)
         elif not to_aside and measured + kept <= tokens:
             audited.append(_numbered(document, len(audited)))
             measured += kept
-        if measured + corpus.options.max_length > tokens and (held >= aside_tokens or share == 0):
+        else:
+            full, aside_full = full or not to_aside, aside_full or to_aside
+        if full and aside_full:
             break
     if len(audited) < MINIMUM_DOCUMENTS:
         raise CorpusError(

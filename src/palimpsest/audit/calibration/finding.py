@@ -22,6 +22,7 @@ from palimpsest.audit.calibration.statistic import (
     judge,
     measure,
     nulls_needed,
+    scale_of_loss,
 )
 from palimpsest.audit.calibration.verdicts import Evidence, adjusted, kind_of, verdict_of
 from palimpsest.errors import ConfigError
@@ -97,7 +98,7 @@ def calibrate(
     suspect = _Suspect(panel, measure(panel), settings, matched)
     corpora = _judge_all(suspect, delta_loss_ci or {})
     grid, maxima = _grid(suspect, corpora)
-    domains = _domains(panel, corpora, maxima, set(declared))
+    domains = _domains(panel, corpora, maxima, set(declared), source)
     drift = suspect.measured.drift[0]
     nulls = drift[1:][np.isfinite(drift[1:])]
     further = None
@@ -175,7 +176,8 @@ def _judged(suspect: _Suspect, name: str, used: NDArray) -> tuple[Judged, Judged
     features = judge(drift, measured.contrast[name][:1, models], matched=suspect.matched)
     if measured.loss is None or not suspect.has_loss(name):
         return features, None
-    return features, judge(drift_of_loss(drift), measured.loss[name][None, models])
+    change = drift_of_loss(drift)
+    return features, judge(change, measured.loss[name][None, models], scale=scale_of_loss(change))
 
 
 def _refusal(suspect: _Suspect, name: str) -> str | None:
@@ -236,7 +238,7 @@ def _grid(suspect: _Suspect, corpora: _Corpora) -> tuple[list[dict[str, Any]], d
 
 
 def _domains(
-    panel: Panel, corpora: _Corpora, maxima: Mapping[str, float], declared: set[str]
+    panel: Panel, corpora: _Corpora, maxima: Mapping[str, float], declared: set[str], source: str
 ) -> list[DomainFinding]:
     domains = []
     for name in panel.names:
@@ -260,7 +262,7 @@ def _domains(
                 kind=kind,
                 verdict=verdict_of(kind, domain.declared),
             )
-        domains.append(replace(domain, sentence=corpus_sentence(domain, interval)))
+        domains.append(replace(domain, sentence=corpus_sentence(domain, interval, source)))
     return domains
 
 
@@ -272,9 +274,11 @@ def _by_family(suspect: _Suspect) -> list[dict[str, Any]]:
     rows, measured = [], suspect.measured
     families = np.array(suspect.panel.families)
     for name in measured.contrast:
-        figures = {"features": (measured.drift[0], measured.contrast[name][0])}
+        drift, even = measured.drift[0], np.ones(1 + suspect.panel.nulls)
+        figures = {"features": (drift, measured.contrast[name][0], even)}
         if measured.loss is not None:
-            figures["loss"] = (drift_of_loss(measured.drift[0]), measured.loss[name])
+            change = drift_of_loss(drift)
+            figures["loss"] = (change, measured.loss[name] / change, change)
         for family, count in Counter(suspect.panel.families).items():
             others = suspect.judges(name) & (families != family)
             row: dict[str, Any] = {
@@ -284,11 +288,11 @@ def _by_family(suspect: _Suspect) -> list[dict[str, Any]]:
                 "features": None,
                 "loss": None,
             }
-            for key, (x, y) in figures.items():
+            for key, (x, y, scale) in figures.items():
                 fitted = others & np.isfinite(x[1:]) & np.isfinite(y[1:])
                 if fitted.sum() >= LINE:
                     line = fit(x[None, 1:][:, fitted], y[None, 1:][:, fitted])
-                    own = (y[1:] - line.at(x[None, 1:])[0])[families == family]
+                    own = ((y - line.at(x[None])[0]) * scale)[1:][families == family]
                     row[key] = float(own[np.isfinite(own)].mean()) if np.isfinite(own).any() else None
             rows.append(row)
     return rows

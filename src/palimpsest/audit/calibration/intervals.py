@@ -7,7 +7,13 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from palimpsest.audit.calibration.panel import GENERAL, Level, Panel
-from palimpsest.audit.calibration.statistic import contrasts, drift_of_loss, fit, log_change
+from palimpsest.audit.calibration.statistic import (
+    contrasts,
+    drift_of_loss,
+    fit,
+    log_change,
+    scale_of_loss,
+)
 from palimpsest.findings import Range
 from palimpsest.stats import Resampler, percentile_interval, resample_weights, weighted_mean
 
@@ -75,7 +81,9 @@ class Resamples:
         loss = self._loss[index]
         if loss is None:
             return Spread(features, None, None)
-        of_loss = residuals(drift_of_loss(drift), loss[:, models])
+        change = drift_of_loss(drift)
+        scale = scale_of_loss(change)
+        of_loss = residuals(change, loss[:, models] / scale) * scale[:, 0]
         return Spread(features, self._interval(of_loss, documents), self._interval(loss[:, 0], documents))
 
     def _interval(self, samples: Float[NDArray, " resamples"], size: int) -> Range:

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 
 from palimpsest.findings import DomainFinding, NullTest, Range
 
-NULLS = "innocent fine-tunes of this drift"
+NULLS = {"trained": "innocent fine-tunes of this drift", "spectrum": "random changes of this size"}
+"""What the nulls are called, by `CalibrationFinding.source`."""
 
 HEADS = {
     "declared-and-seen": "{kind}, as declared",
@@ -27,23 +28,25 @@ PARTS = {
 """Verdicts in the order in which a reader needs them."""
 
 
-def corpus_sentence(domain: DomainFinding, delta_loss_ci: Range | None) -> str:
+def corpus_sentence(domain: DomainFinding, delta_loss_ci: Range | None, source: str = "trained") -> str:
     """The verdict on one corpus with its figures.
 
     Args:
         domain: Everything but the sentence.
         delta_loss_ci: Interval of Δloss over documents; decides between unchanged and changed less than nulls do.
+        source: What the nulls are, a key of `NULLS`.
     """
+    nulls = NULLS[source]
     if domain.features is None or domain.refused is not None:
         return f"{domain.name}: no verdict: {domain.refused}."
     head = HEADS[domain.verdict].format(kind=domain.kind)
     if domain.loss is None:
-        body = f"{_features(domain.features, f'those of {NULLS}')}; its loss was not judged"
+        body = f"{_features(domain.features, f'those of {nulls}')}; its loss was not judged"
     elif domain.kind == "shifted":
-        features = _features(domain.features, f"those of {NULLS}")
+        features = _features(domain.features, f"those of {nulls}")
         body = f"{features}, and {_loss(domain.loss, delta_loss_ci, 'they')}"
     else:
-        body = f"{_loss(domain.loss, delta_loss_ci, NULLS)}, and {_features(domain.features, 'theirs')}"
+        body = f"{_loss(domain.loss, delta_loss_ci, nulls)}, and {_features(domain.features, 'theirs')}"
     return f"{domain.name}: {head}: {body}."
 
 

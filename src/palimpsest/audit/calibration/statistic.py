@@ -102,11 +102,21 @@ def log_change(intersection_mean: Float[NDArray, "..."]) -> Float[NDArray, "..."
 
 
 def drift_of_loss(drift: Float[NDArray, "..."]) -> Float[NDArray, "..."]:
-    """What Δloss is regressed on: 1 - IM of the general corpus, from its logarithm.
+    """What Δloss is divided by and regressed on: 1 - IM of the general corpus, from its logarithm.
 
-    Δloss grows with the change itself, not with its logarithm, and may be negative.
+    A fine-tune that changes nothing changes no loss, and the further one goes the further losses scatter: so the
+    line is Δloss = a·g + b·g² with a spread that grows with g, which is Δloss / g = a + b·g with an even one.
     """
     return np.exp(drift)
+
+
+def scale_of_loss(change: Float[NDArray, "rows models"]) -> Float[NDArray, "rows models"]:
+    """What Δloss is divided by: `change`, for the suspect at least the smallest null's.
+
+    A suspect that hardly moved has numerical noise in its losses, and dividing that by next to nothing is no evidence.
+    """
+    floor = np.maximum(change[:, :1], change[:, 1:].min(1, keepdims=True))
+    return np.concatenate([floor, change[:, 1:]], axis=1)
 
 
 def document_means(values: Float[NDArray, "models documents *rest"]) -> Float[NDArray, "models *rest"]:
@@ -165,13 +175,20 @@ def fit(
 
 
 def judge(
-    x: Float[NDArray, "rows models"], y: Float[NDArray, "rows models"], *, matched: bool = False
+    x: Float[NDArray, "rows models"],
+    y: Float[NDArray, "rows models"],
+    *,
+    scale: Float[NDArray, "rows models"] | None = None,
+    matched: bool = False,
 ) -> Judged:
     """The suspect (first of the last axis) beside the prediction of its nulls (the rest, at least three).
 
     The prediction of one more fine-tune has the standard deviation s · sqrt(1 + 1/R + (x - x̄)² / Sxx) with
-    s² = SSE / (R - 2); with `matched`, s · sqrt(1 + 1/R) and s² = SSE / (R - 1).
+    s² = SSE / (R - 2); with `matched`, s · sqrt(1 + 1/R) and s² = SSE / (R - 1). With `scale` the line goes through
+    y / scale, and every figure is given back at the suspect's scale.
     """
+    unit = np.ones(len(y)) if scale is None else scale[:, 0]
+    y = y if scale is None else y / scale
     nulls_x, nulls_y = x[:, 1:], y[:, 1:]
     count = nulls_x.shape[1]
     freedom = count - (1 if matched else 2)
@@ -186,7 +203,14 @@ def judge(
     kept = 1 - 1 / count - line.distance(nulls_x)
     of_others = nulls_y - (nulls_y.sum(1, keepdims=True) - nulls_y) / (count - 1)
     left_out = np.divide(residuals, kept, out=of_others, where=kept > 1e-9)
-    return Judged(expected, y[:, 0] - expected, error, residuals, left_out, freedom)
+    return Judged(
+        expected * unit,
+        (y[:, 0] - expected) * unit,
+        error * unit,
+        residuals * unit[:, None],
+        left_out * unit[:, None],
+        freedom,
+    )
 
 
 def nulls_needed(alpha: float, *, matched: bool = False) -> int:

@@ -25,6 +25,9 @@ from palimpsest.options import config_dict
 SMALL = 100_000_000
 """Parameters up to which several nulls are trained at once on a CPU."""
 
+REPEATS = 4
+"""Passes over its text beyond which a null is no longer like a fine-tune on enough of it."""
+
 Job = tuple[NullRecipe, Path]
 
 
@@ -49,6 +52,7 @@ def calibrate_battery(config: CalibrateConfig) -> Artifact:
         methods=config.methods,
         seed=config.seed,
     )
+    _warn_of_repeats(config, shop, families)
     jobs = [(recipe, cache_file(config.path, config, recipe, texts[recipe.family])) for recipe in recipes]
     if config.overwrite:
         for _, path in jobs:
@@ -69,6 +73,19 @@ def worker_count(config: CalibrateConfig, shop: Workshop, jobs: int) -> int:
     size = sum(parameter.numel() for parameter in shop.model.model.parameters())
     alone = shop.model.device.type != "cpu" or size > SMALL
     return 1 if alone else max(1, min(cores, jobs))
+
+
+def _warn_of_repeats(config: CalibrateConfig, shop: Workshop, families: Sequence[str]) -> None:
+    """A null that learns its text by heart damages the rest more than a fine-tune on enough text would."""
+    for family in families:
+        blocks = len(shop.blocks(family))
+        epochs = max(config.steps) * config.batch_size / blocks
+        if epochs > REPEATS:
+            log.warning(
+                "The longest nulls read the text of %s %.0f times over; more text (--null-corpus) makes truer nulls.",
+                family,
+                epochs,
+            )
 
 
 def _make(config: CalibrateConfig, shop: Workshop, todo: Sequence[Job]) -> None:

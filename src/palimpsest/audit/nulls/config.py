@@ -29,10 +29,10 @@ class CalibrateConfig:
     methods: tuple[Literal["lora", "full"], ...] = ("lora", "full")
     """Kinds of fine-tune."""
 
-    full_lr: tuple[Number, ...] = (0.0025, 0.005, 0.01)
+    full_lr: tuple[Number, ...] = (0.0025, 0.005, 0.01, 0.02)
     """Learning rates of full nulls, as a share of the typical size of the model's weights."""
 
-    lora_lr: tuple[Number, ...] = (1e-3, 2e-3, 4e-3)
+    lora_lr: tuple[Number, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     """Learning rates of LoRA nulls."""
 
     steps: tuple[Count, ...] = (10, 20, 40)
@@ -41,7 +41,7 @@ class CalibrateConfig:
     batch_size: Count = 8
     """Blocks in a step."""
 
-    block_length: Count = 256
+    block_length: Count = 128
     """Tokens of a block; at most the model's context."""
 
     k_max: Count = 32

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.models import LanguageModel, ModelPair
-from palimpsest.models.weights import _adapter_deltas, _plain, is_adapter
+from palimpsest.models.weights import adapter_deltas, is_adapter, plain_name
 
 DOUBLINGS = 10
 """How often α is doubled, or halved, before the overlap looked for is given up."""
@@ -34,12 +34,12 @@ def base_deltas(pair: ModelPair) -> dict[str, Float[Tensor, "..."]]:
 
     def add(name: str, weight: Tensor, delta: Tensor) -> None:
         if delta.any():
-            deltas[_plain(name)] = delta.detach().to(weight.device)
+            deltas[plain_name(name)] = delta.detach().to(weight.device)
 
     # Not inference mode: the tensors outlive the block and are used outside of it.
     with torch.inference_mode(False), torch.no_grad():
         if pair.kind == "adapter":
-            _adapter_deltas(pair.tuned, add)
+            adapter_deltas(pair.tuned, add)
         else:
             _checkpoint_deltas(pair, add)
     _check_deltas(deltas)
@@ -99,7 +99,7 @@ class SpectrumNull:
             raise ValueError("a spectrum null changes the base side of an adapter pair")
         _check_deltas(deltas)
         parameters = {
-            _plain(name): parameter
+            plain_name(name): parameter
             for name, parameter in model.model.named_parameters()
             if not is_adapter(name, model.adapter_prefix)
         }
