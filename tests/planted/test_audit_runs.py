@@ -26,7 +26,7 @@ from palimpsest.errors import ArtifactError, ConfigError, CorpusError, Dictionar
 from palimpsest.models.sites import Head
 
 KEYS = """schema summary command warnings pair site dictionary k ks mode tokens loss_measured kl_measured confidence
-    resamples seed datasets tasks controls layers layers_note latents curve"""
+    resamples seed datasets tasks controls layers layers_note calibration latents curve"""
 DATASET_KEYS = """name role source documents tokens skipped_tokens short_tokens bad_rows intersection_mean ci
     list_length_share value_change value_change_ci fve l0 r2_delta r2_delta_ci blind loss delta_loss delta_loss_ci kl
     kl_ci relative_drift relative_drift_ci"""
@@ -142,7 +142,7 @@ def test_one_model_at_a_time_gives_the_same_numbers(world, plain, tmp_path):
 
 def interrupt(monkeypatch, place):
     """The measuring of one corpus is cut short; returns how many were measured."""
-    calls, whole = [], measure._measure
+    calls, whole = [], measure.measure_corpus
 
     def stopped(harvester, corpus, *rest):
         calls.append(corpus.name)
@@ -150,7 +150,7 @@ def interrupt(monkeypatch, place):
             raise KeyboardInterrupt
         return whole(harvester, corpus, *rest)
 
-    monkeypatch.setattr(measure, "_measure", stopped)
+    monkeypatch.setattr(measure, "measure_corpus", stopped)
     return calls
 
 

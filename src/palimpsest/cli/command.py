@@ -67,7 +67,7 @@ def run_verb(verb: str, app: App, arguments: Sequence[str]) -> int:
         return _fail(verb, str(error))
     except CycloptsError as error:
         # `out` is the one field without a default in the groups that have no name of their own.
-        text = " ".join(str(error).split()).replace("Parameter * requires", "Parameter --out requires")
+        text = " ".join(str(error).split()).replace("arameter * requires", "arameter --out requires")
         return _fail(verb, f"{text} See palimpsest {verb} --help.")
     except KeyboardInterrupt:
         _say(

@@ -45,7 +45,7 @@ class PairedTokens:
         token_ids: The tokens themselves.
         context: The whole padded batch, for the text around a token (`row` indexes it).
         row: Row of `context` that each token is in.
-        loss: Nats of each token given what precedes it, `[tokens, models]`; NaN for a first token.
+        loss: Nats of each token given what precedes it, of base and tuned `[tokens, 2]`; NaN for a first token.
         kl: KL(tuned ‖ base) of the prediction of each token, in nats.
         base_codes: The base's cached codes by the name of their reader; empty when the base ran just now.
     """
@@ -56,7 +56,7 @@ class PairedTokens:
     token_ids: Int[Tensor, " tokens"]
     context: TokenBatch
     row: Int[Tensor, " tokens"]
-    loss: Float[Tensor, "tokens models"] | None = None
+    loss: Float[Tensor, "tokens 2"] | None = None
     kl: Float[Tensor, " tokens"] | None = None
     base_codes: dict[str, BaseCodes] = field(default_factory=dict)
 

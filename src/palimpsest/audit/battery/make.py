@@ -97,6 +97,11 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _located(path: str) -> str:
+    """A hub id as it is, a local path from the root: a battery is used from other folders than it was made in."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 def _readers(model: LanguageModel, loaded: Sequence[tuple[str, Dictionary]]) -> list[Reader]:
     readers: list[Reader] = []
     for path, dictionary in loaded:
@@ -105,7 +110,8 @@ def _readers(model: LanguageModel, loaded: Sequence[tuple[str, Dictionary]]) -> 
             raise DictionaryError(
                 f"Two dictionaries read {site}", expected="one dictionary per site", found=path
             )
-        entry = input_entry(path) if Path(path).exists() else {"path": path, "sha256": None}
+        entry = input_entry(path) if Path(path).exists() else {"sha256": None}
+        entry |= {"path": _located(path)}
         name = site if readers else MAIN
         readers.append(Reader(name, site, dictionary.to(model.device), entry))
     return readers
@@ -274,7 +280,7 @@ def _description(
     return {
         "schema": SCHEMA,
         "base": {
-            "path": config.base,
+            "path": _located(config.base),
             "fingerprint": fingerprint(model),
             "dtype": str(model.dtype).removeprefix("torch."),
             "tokenizer": tokenizer_hash(model.tokenizer),

@@ -1,5 +1,6 @@
 """The battery's documents: chosen once, kept as token ids, so that every later audit reads the very same tokens."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,14 @@ def choose(corpus: Corpus, masking: Masking, *, share: float, tokens: int, aside
     aside: list[Document] = []
     measured = held = seen = 0
     full, aside_full = False, share == 0
+    texts: set[bytes] = set()
     for document in corpus.documents():
         kept = int(masking.keep(document.roles, document.special.astype(bool)).sum())
-        if kept == 0:
+        text = hashlib.blake2b(document.token_ids.tobytes(), digest_size=16).digest()
+        # A second copy could land in the other part: nulls would be trained on what is audited.
+        if kept == 0 or text in texts:
             continue
+        texts.add(text)
         seen += 1
         to_aside = int(seen * share + 1e-9) > int((seen - 1) * share + 1e-9)
         if to_aside and held + len(document) <= aside_tokens:
