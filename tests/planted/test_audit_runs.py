@@ -32,7 +32,7 @@ DATASET_KEYS = """name role source documents tokens skipped_tokens short_tokens 
     kl_ci relative_drift relative_drift_ci"""
 TASK_KEYS = """name k idr ci idr_abs idr_abs_ci churn_ratio churn_ratio_ci minimum_detectable_idr calibrated z p_null
     p_exchange q delta_loss delta_loss_ci kl kl_ci relative_drift relative_drift_ci kind declared verdict"""
-NEXT_ISSUE = ("calibrated", "z", "p_null", "q", "kind", "declared", "verdict")
+NEED_BATTERY = ("calibrated", "z", "p_null", "q", "kind", "declared", "verdict")
 CURVE_COLUMNS = "dataset role k intersection_mean lo hi idr idr_lo idr_hi idr_abs churn_ratio"
 LATENT_COLUMNS = """dataset latent contribution contribution_entered contribution_left entered left rate_base rate_tuned
     mean_base mean_tuned selected contribution_held_out change change_lo change_hi p q examples"""
@@ -72,8 +72,8 @@ def test_the_folder_holds_what_readers_expect(plain):
         assert row["documents"] == 24 and row["skipped_tokens"] == row["bad_rows"] == 0
     for task in found["tasks"]:
         assert task.keys() == keys(TASK_KEYS)
-        assert all(task[name] is None for name in NEXT_ISSUE)
-        assert all(task[name] is not None for name in keys(TASK_KEYS) - {*NEXT_ISSUE})
+        assert all(task[name] is None for name in NEED_BATTERY)
+        assert all(task[name] is not None for name in keys(TASK_KEYS) - {*NEED_BATTERY})
     assert {layer["layer"] for layer in found["layers"]} == {0, 1, None}
     assert all(layer.keys() == keys("layer norm_base norm_delta relative") for layer in found["layers"])
     assert plain.folder.manifest["status"] == "complete"

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from audit_world import WORDS, edited, make_dictionary, make_world, write_corpus
-from battery_world import MODELS, audit, calibrate, make
+from battery_world import MODELS, audit, calibrate, make, reseal
 from palimpsest.audit.battery import Battery, BatteryConfig
 from palimpsest.audit.calibration import nulls_needed
 from palimpsest.audit.nulls.config import CalibrateConfig
@@ -54,6 +54,7 @@ def test_another_base_under_the_same_path(world, battery, tmp_path, monkeypatch)
     description = json.loads((copy / "battery.json").read_text())
     description["base"]["path"] = base
     (copy / "battery.json").write_text(json.dumps(description))
+    reseal(copy)
     with pytest.raises(PairError, match="another base"):
         calibrate(copy)
     assert not (copy / "null-cache").exists()
@@ -127,6 +128,7 @@ def test_numbers_that_changed_name_the_versions(world, battery, tmp_path, part):
     tensors = load_file(path)
     tensors[part] = tensors[part] + 0.05 if part == "loss" else (tensors[part] + 1) % 96
     save_file(tensors, path)
+    reseal(copy)
     error = refused(ArtifactError, "no longer gives the numbers", world, copy, tmp_path / "run")
     assert f"torch {torch.__version__.split('+')[0]}" in str(error) and "transformers" in str(error)
     with pytest.raises(ArtifactError, match="no longer gives the numbers"):
@@ -138,12 +140,15 @@ def test_numbers_that_moved_within_rounding_are_accepted(world, battery, tmp_pat
     path = copy / "base" / "000.safetensors"
     tensors = load_file(path)
     save_file(tensors | {"loss": tensors["loss"] + 2e-4}, path)
+    refused(ArtifactError, "changed after it was written", world, copy, tmp_path / "run")
+    reseal(copy)
     assert audit(world, copy, tmp_path / "run")["loss_measured"]
 
 
 def test_text_that_does_not_fit_its_readings(world, battery, tmp_path):
     copy = shutil.copytree(battery, tmp_path / "battery")
     shutil.copy(copy / "text" / "001.safetensors", copy / "text" / "002.safetensors")
+    reseal(copy)
     with pytest.raises(ArtifactError, match="do not fit the text"):
         audit(world, copy, tmp_path / "run")
 
@@ -188,7 +193,10 @@ def test_no_text_to_train_nulls_on(world, tmp_path):
     short = write_corpus(tmp_path / "short.jsonl", WORDS["letters"], documents=1)
     with pytest.raises(CorpusError, match="Too little text to train nulls on short"):
         calibrate(made, null_corpus=(f"short={short}",), block_length=64)
-    calibrate(made, null_corpus=(f"neutral={world.corpora['general']}",), nulls=1)
+    with pytest.raises(CorpusError, match="Too little text to train nulls on neutral"):
+        calibrate(made, null_corpus=(f"neutral={world.corpora['general']}",), nulls=1)
+    fresh = write_corpus(tmp_path / "fresh.jsonl", WORDS["digits"], documents=40, seed=99)
+    calibrate(made, null_corpus=(f"neutral={fresh}",), nulls=1)
 
 
 def test_a_gate_with_too_few_nulls(world, few, tmp_path):
@@ -246,6 +254,7 @@ def test_what_is_no_battery(world, battery, few, tmp_path):
     copy = shutil.copytree(battery, tmp_path / "battery")
     description = json.loads((copy / "battery.json").read_text())
     (copy / "battery.json").write_text(json.dumps(description | {"schema": 99}))
+    reseal(copy)
     refused(ArtifactError, "another schema", world, copy, tmp_path / "run")
 
 

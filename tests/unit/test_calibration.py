@@ -12,7 +12,7 @@ from palimpsest.audit.calibration import Level, Panel, calibrate, kind_of, nulls
 from palimpsest.audit.calibration.grid import maximum, null_maxima
 from palimpsest.audit.calibration.intervals import Resamples
 from palimpsest.audit.calibration.sentences import audit_sentence, corpus_sentence
-from palimpsest.audit.calibration.statistic import FLOOR, contrasts, fit, judge, measure, scale_of_loss
+from palimpsest.audit.calibration.statistic import FLOOR, contrasts, fit, judge, measure
 from palimpsest.audit.calibration.verdicts import Evidence, adjusted
 from palimpsest.errors import ConfigError, NumericsError
 from palimpsest.findings import DomainFinding, NullTest
@@ -569,11 +569,27 @@ def test_equal_seeds_give_equal_findings():
     assert other.domains[1].features.ci != calibrated(panel_of(18)).domains[1].features.ci
 
 
-def test_a_suspect_that_hardly_moved_is_not_divided_by_nothing():
-    change = np.array([[1e-6, 0.04, 0.02], [0.1, 0.04, 0.02]])
-    assert scale_of_loss(change).tolist() == [[0.02, 0.04, 0.02], [0.1, 0.04, 0.02]]
-    panel = panel_of(11)
-    still = {name: np.concatenate([np.ones_like(v[:1]), v[1:]]) for name, v in panel.overlap.items()}
-    noise = {name: np.concatenate([np.full_like(v[:1], 1e-4), v[1:]]) for name, v in panel.loss.items()}
-    found = calibrated(replace(panel, overlap=still, loss=noise))
-    assert all(abs(domain.loss.z) < 4 and domain.kind != "damaged" for domain in found.domains)
+def still(panel, loss):
+    """The panel with a suspect that kept all its lists, and whose loss is `loss` everywhere."""
+    overlap = {name: np.concatenate([np.ones_like(v[:1]), v[1:]]) for name, v in panel.overlap.items()}
+    losses = {name: np.concatenate([np.full_like(v[:1], loss), v[1:]]) for name, v in panel.loss.items()}
+    return replace(panel, overlap=overlap, loss=losses)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1e-4, -1e-3])
+def test_a_suspect_that_hardly_moved_is_unchanged(loss):
+    for seed in range(8):
+        found = calibrated(still(panel_of(seed), loss))
+        assert [domain.kind for domain in found.domains] == ["unchanged"] * len(found.domains)
+        assert all(domain.features.p == 1 and domain.p_max == 1 for domain in found.domains)
+
+
+def test_the_prediction_of_a_small_suspect_is_small_and_its_deviation_is_a_nulls():
+    rng = np.random.default_rng(3)
+    g = np.concatenate([[0.004], rng.uniform(0.05, 0.2, 12)])[None]
+    loss = g * (1 + 0.1 * rng.normal(size=g.shape))
+    judged = judge(g, loss, scale=g)
+    slope, level = np.polyfit(g[0, 1:], loss[0, 1:] / g[0, 1:], 1)
+    assert judged.expected[0] == pytest.approx((level + slope * 0.004) * 0.004)
+    unfloored = judge(g, loss / g)
+    assert judged.error[0] == pytest.approx(unfloored.error[0] * g[0, 1:].min())

@@ -7,10 +7,10 @@ from typing import Any
 
 from palimpsest.artifacts import input_entry
 from palimpsest.audit.battery.folder import Battery
+from palimpsest.audit.battery.make import CALIBRATION
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.controls import control_dictionaries
 from palimpsest.audit.measure import Size, Text, survey
-from palimpsest.audit.nulls.store import CALIBRATION
 from palimpsest.audit.sites import site_of
 from palimpsest.audit.sums import Measure
 from palimpsest.corpus import Corpus
@@ -137,14 +137,15 @@ def _from_battery(config: AuditConfig) -> Inputs:
     dictionaries = battery.dictionaries((config.dictionary,) if config.dictionary else ())
     k_max = _k_max(config, dictionaries[0])
     pair = load_pair(config.base, config.tuned, config.models)
-    battery.check_base(pair.base, dictionaries[0].to(pair.base.device))
+    dictionaries = [dictionary.to(pair.base.device) for dictionary in dictionaries]
+    battery.check_base(pair.base, dictionaries)
     corpora: list[tuple[Text, Size]] = []
     for name in battery.names:
         row = battery.row(name)
         size = Size(row["documents"], row["tokens"], row["bad_rows"])
         corpora.append((battery.text(name), size))
     further = [
-        (reader.name, reader.site, dictionary.to(pair.base.device))
+        (reader.name, reader.site, dictionary)
         for reader, dictionary in zip(battery.readers[1:], dictionaries[1:], strict=True)
     ]
     path = config.dictionary or battery.readers[0].path

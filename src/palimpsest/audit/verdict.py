@@ -6,12 +6,13 @@ from typing import Any
 
 from palimpsest.artifacts import input_entry
 from palimpsest.audit.battery.folder import Battery
+from palimpsest.audit.battery.make import CALIBRATION
 from palimpsest.audit.calibration import Level, calibrate, nulls_needed
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.inputs import Inputs
-from palimpsest.audit.nulls.store import CALIBRATION, Figures, Nulls, figures_of, panel_of
+from palimpsest.audit.nulls.store import Figures, Nulls, figures_of, panel_of
 from palimpsest.audit.results import Evidence
-from palimpsest.errors import ConfigError
+from palimpsest.errors import ConfigError, NumericsError
 from palimpsest.findings import AuditFinding, CalibrationFinding, Range
 
 
@@ -23,6 +24,10 @@ def check_gate(config: AuditConfig, battery: Battery) -> None:
     """
     options = config.calibration
     nulls = Nulls(battery.path) if (battery.path / CALIBRATION).exists() else None
+    if options.null == "spectrum" and config.models.one_at_a_time:
+        raise ConfigError(
+            "Spectrum nulls need both models in memory", found="--one-at-a-time", fix="Leave one of them out"
+        )
     if nulls is None and options.null is None and (options.declared or options.fail_on):
         raise ConfigError(
             f"The battery {battery.path} has no nulls, so there is no verdict",
@@ -35,7 +40,8 @@ def check_gate(config: AuditConfig, battery: Battery) -> None:
             "A gate on damage needs losses and trained nulls",
             expected="a battery with losses, calibrated, and an audit without --no-loss",
         )
-    need, counts = nulls_needed(options.alpha), _counts(battery.names, nulls, options.spectrum_nulls)
+    need = nulls_needed(options.alpha, matched=nulls is None)
+    counts = _counts(battery.names, nulls, options.spectrum_nulls)
     if short := {name: count for name, count in counts.items() if count < need}:
         raise ConfigError(
             f"Too few nulls for a gate at level {options.alpha:g}",
@@ -66,16 +72,23 @@ def calibrated(
         pairs = [(record["family"], nulls.figures(record)) for record in used]
         panel = panel_of(battery.names, suspect, pairs, readers, config.k, loss=config.loss)
         records = [_record(record) for record in used]
+        common["battery"] |= {"nulls_sha256": input_entry(nulls.path)["sha256"]}
         trained = calibrate(panel, excluded=nulls.excluded, null_records=records, **common)
+    notes = []
     if options.null == "spectrum":
-        spectrum = _spectrum(config, inputs, suspect, readers, common)
+        try:
+            spectrum = _spectrum(config, inputs, suspect, readers, common)
+        except NumericsError as error:
+            if trained is None:
+                raise
+            notes.append(f"There are no spectrum nulls: {error}")
     result = _joined(trained, spectrum)
     if result is None:
         note = (
             "The battery has no nulls: these are raw figures. `palimpsest battery calibrate` makes a verdict."
         )
         return replace(finding, warnings=[*finding.warnings, note])
-    return _with_verdicts(finding, result)
+    return _with_verdicts(replace(finding, warnings=[*finding.warnings, *notes]), result)
 
 
 def _counts(names: Sequence[str], nulls: Nulls | None, spectrum: int) -> dict[str, int]:

@@ -32,18 +32,20 @@ def audit(config: Annotated[AuditConfig, FLAT], *, display: Annotated[Display, F
 
 def _gate(config: AuditConfig, result: dict[str, Any]) -> int:
     """The exit code: 3 when what the user asked to fail on was found, or could not be ruled out."""
-    calibration = AuditFinding.from_dict(result).calibration
-    if calibration is None or not config.calibration.fail_on:
+    fail_on = config.calibration.fail_on
+    if not fail_on:
         return 0
-    failed = {
-        reason: names
-        for reason, names in (
-            ("undeclared", calibration.undeclared),
-            ("damaged", calibration.damaged),
-            ("without a verdict", calibration.refused),
-        )
-        if names and reason in (*config.calibration.fail_on, "without a verdict")
-    }
+    calibration = AuditFinding.from_dict(result).calibration
+    if calibration is None:
+        sys.stderr.write("palimpsest audit: gate failed: there is no verdict\n")
+        return 3
+    undecided = set(calibration.refused)
+    if "damaged" in fail_on:
+        undecided |= {domain.name for domain in calibration.domains if domain.loss is None}
+    found = {"undeclared": calibration.undeclared, "damaged": calibration.damaged}
+    failed = {reason: found[reason] for reason in fail_on if found[reason]}
+    if undecided:
+        failed["without a verdict"] = sorted(undecided)
     for reason, names in failed.items():
         sys.stderr.write(f"palimpsest audit: gate failed, {reason}: {', '.join(names)}\n")
     return 3 if failed else 0

@@ -123,7 +123,9 @@ def _show(path: Path) -> None:
         say(f"  no nulls yet: run `palimpsest battery calibrate {path}` for verdicts")
         return
     say(f"  {calibration['summary']}")
-    say(f"  calibrated in {calibration['seconds']:.0f} s")
+    say(
+        f"  training and measuring them took {calibration['seconds']:.0f} s of work, shared among the workers"
+    )
 
 
 def _show_list(found: list[dict[str, Any]], presets: list[str]) -> None:

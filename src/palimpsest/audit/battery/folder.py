@@ -1,7 +1,7 @@
 """Reading a battery: its text, the cached side of its base, and the check that both still hold."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from palimpsest.errors import ArtifactError, DictionaryError, PairError
 from palimpsest.harvest.cached import BaseSide, read_tokens, select_rows
 from palimpsest.harvest.stream import BaseCodes
 from palimpsest.models import LanguageModel, fingerprint
+from palimpsest.options import CorpusOptions
 
 PROBE_TOKENS = 1024
 """Tokens of the general corpus that the base is read over again when a battery is opened."""
@@ -46,8 +47,7 @@ class Battery:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        # Hashes of the big files are left to `check`: a probe of the base proves more.
-        self.artifact: Artifact = open_artifact(self.path, stage=STAGE, verify=False)
+        self.artifact: Artifact = open_artifact(self.path, stage=STAGE)
         self.description: dict[str, Any] = self.artifact.read_json(DESCRIPTION)
         if self.description.get("schema") != SCHEMA:
             raise ArtifactError(
@@ -80,6 +80,15 @@ class Battery:
     def has_activations(self) -> bool:
         """Whether the base's activations are cached."""
         return bool(self.description["activations"])
+
+    @property
+    def text_options(self) -> CorpusOptions:
+        """How its rows were read, but for limits on how many."""
+        made = self.artifact.manifest["config"]["corpora"]
+        known = {field.name for field in fields(CorpusOptions)} - {"max_documents", "roles", "max_length"}
+        chosen: dict[str, Any] = {key: value for key, value in made.items() if key in known}
+        roles = tuple(made["roles"]) if made.get("roles") else None
+        return CorpusOptions(**chosen, roles=roles, max_length=self.description["max_length"])
 
     @cached_property
     def readers(self) -> list[ReaderEntry]:
@@ -156,7 +165,7 @@ class Battery:
         }
         return BaseSide(tensors["start"], tensors.get("loss"), codes, acts if activations else {}, moments)
 
-    def check_base(self, model: LanguageModel, dictionary: Dictionary) -> None:
+    def check_base(self, model: LanguageModel, dictionaries: Sequence[Dictionary]) -> None:
         """Prove that a loaded base is the battery's, and that this machine still gives its numbers.
 
         Raises:
@@ -175,18 +184,20 @@ class Battery:
                 f"The battery {self.path} was made with another tokenizer",
                 fix="Use the base's own tokenizer, or make the battery again",
             )
-        self._probe(model, dictionary)
+        self._probe(model, dictionaries)
 
-    def _probe(self, model: LanguageModel, dictionary: Dictionary) -> None:
+    def _probe(self, model: LanguageModel, dictionaries: Sequence[Dictionary]) -> None:
         name = self.names[0]
         cached = self.base_side(name, activations=False)
-        reader = self.readers[0]
         batch = next(iter(self.text(name).batches(PROBE_TOKENS)))
-        side = read_tokens(model, batch, [reader.site], loss=self.has_loss)
+        side = read_tokens(model, batch, self.sites, loss=self.has_loss)
         rows = cached.rows(side.document)
-        now = dictionary.encode(side.acts[reader.site].to(dictionary.device)).to("cpu").top(5)
-        matches = match(select_rows(cached.codes[reader.name].codes, rows).top(5), now)
-        changed = 1 - float(overlap_curve(overlap_counts(matches), matches.longer)[:, -1].nanmean())
+        changed = 0.0
+        for reader, dictionary in zip(self.readers, dictionaries, strict=True):
+            now = dictionary.encode(side.acts[reader.site].to(dictionary.device)).to("cpu").top(5)
+            matches = match(select_rows(cached.codes[reader.name].codes, rows).top(5), now)
+            kept = overlap_curve(overlap_counts(matches), matches.longer)[:, -1].nanmean()
+            changed = max(changed, 1 - float(kept))
         moved = 0.0
         if side.loss is not None and cached.loss is not None:
             moved = float((side.loss - cached.loss[rows]).abs().nanmean())

@@ -21,7 +21,7 @@ from palimpsest.audit.sites import site_of
 from palimpsest.corpus import Corpus
 from palimpsest.corpus.rows import parse_source
 from palimpsest.dictionaries import Codes, Dictionary, load_dictionary
-from palimpsest.errors import DictionaryError
+from palimpsest.errors import ArtifactError, DictionaryError
 from palimpsest.harvest import activations
 from palimpsest.harvest.cached import SideTokens, read_tokens, select_rows
 from palimpsest.log import log, progress
@@ -29,6 +29,12 @@ from palimpsest.models import LanguageModel, fingerprint, load_model
 from palimpsest.options import config_dict
 
 STAGE = "battery"
+CALIBRATION = "calibration"
+"""Folder of the nulls inside a battery, and the stage that writes it."""
+
+CACHE = "null-cache"
+"""Folder of a battery in which finished nulls are kept one by one, so that nothing is trained twice."""
+
 DESCRIPTION = "battery.json"
 GENERAL = "general"
 MAIN = "dictionary"
@@ -62,6 +68,8 @@ def make_battery(config: BatteryConfig) -> Artifact:
     for name, source in [(GENERAL, config.general), *config.tasks]:
         if source is not None and Path(source).exists():
             entries[f"corpus {name}"] = input_entry(source)
+    if config.run.overwrite:
+        _drop_nulls(config.out)
     with RunFolder(
         config.out,
         stage=STAGE,
@@ -86,6 +94,16 @@ def make_battery(config: BatteryConfig) -> Artifact:
             run.timing(f"base on {text.name}", time.perf_counter() - started)
         run.write_json(DESCRIPTION, _description(config, model, readers, rows, texts))
         return run.finish()
+
+
+def _drop_nulls(folder: Path) -> None:
+    """Nulls of a battery that is made anew are nulls of another one."""
+    try:
+        open_artifact(folder, stage=STAGE, allow_running=True, verify=False)
+    except ArtifactError:
+        return
+    for name in (CALIBRATION, CACHE):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -158,6 +176,7 @@ def _choose(
     config: BatteryConfig, corpora: Sequence[tuple[Corpus, str]], run: RunFolder
 ) -> tuple[list[dict[str, Any]], list[BatteryText]]:
     rows, texts = [], []
+    known: set[bytes] = set()
     for index, (corpus, told) in enumerate(corpora):
         chosen = choose(
             corpus,
@@ -165,6 +184,7 @@ def _choose(
             share=config.set_aside,
             tokens=config.tokens,
             aside_tokens=config.aside_tokens,
+            known=known,
         )
         path = run.file(f"text/{index:03d}.safetensors")
         save_documents(path, chosen.audited)
@@ -296,6 +316,7 @@ def _description(
             for reader in readers
         ],
         "corpora": list(rows),
+        "max_length": min(config.corpora.max_length, model.context or config.corpora.max_length),
         "masking": masking_entry(texts[0].masking),
         "loss": config.loss,
         "activations": config.keep_activations,

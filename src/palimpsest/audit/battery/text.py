@@ -49,10 +49,24 @@ class BatteryText:
         return bucketed(load_documents(self.path), self.masking, tokens_per_batch, window)
 
 
-def choose(corpus: Corpus, masking: Masking, *, share: float, tokens: int, aside_tokens: int) -> Chosen:
+def text_key(document: Document) -> bytes:
+    """What two copies of a document share."""
+    return hashlib.blake2b(document.token_ids.astype(np.int32).tobytes(), digest_size=16).digest()
+
+
+def choose(
+    corpus: Corpus,
+    masking: Masking,
+    *,
+    share: float,
+    tokens: int,
+    aside_tokens: int,
+    known: set[bytes] | None = None,
+) -> Chosen:
     """Split a corpus' documents into audited and set-aside ones, each up to its number of tokens.
 
-    Documents alternate in the proportion of `share`, so that both parts are spread over the whole corpus.
+    Documents alternate in the proportion of `share`, so that both parts are spread over the whole corpus. Those in
+    `known` (by `text_key`) are left out, and what is read is added to it.
 
     Raises:
         CorpusError: Too few documents for intervals, or a row cannot be read.
@@ -61,14 +75,14 @@ def choose(corpus: Corpus, masking: Masking, *, share: float, tokens: int, aside
     aside: list[Document] = []
     measured = held = seen = 0
     full, aside_full = False, share == 0
-    texts: set[bytes] = set()
+    known = set() if known is None else known
     for document in corpus.documents():
         kept = int(masking.keep(document.roles, document.special.astype(bool)).sum())
-        text = hashlib.blake2b(document.token_ids.tobytes(), digest_size=16).digest()
+        text = text_key(document)
         # A second copy could land in the other part: nulls would be trained on what is audited.
-        if kept == 0 or text in texts:
+        if kept == 0 or text in known:
             continue
-        texts.add(text)
+        known.add(text)
         seen += 1
         to_aside = int(seen * share + 1e-9) > int((seen - 1) * share + 1e-9)
         if to_aside and held + len(document) <= aside_tokens:

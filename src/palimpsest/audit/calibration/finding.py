@@ -17,16 +17,19 @@ from palimpsest.audit.calibration.sentences import audit_sentence, corpus_senten
 from palimpsest.audit.calibration.statistic import (
     Judged,
     Measured,
+    document_means,
     drift_of_loss,
     fit,
     judge,
     measure,
     nulls_needed,
-    scale_of_loss,
 )
 from palimpsest.audit.calibration.verdicts import Evidence, adjusted, kind_of, verdict_of
 from palimpsest.errors import ConfigError
 from palimpsest.findings import CalibrationFinding, DomainFinding, NullTest, Range
+
+STILL = 0.5
+"""Share of the smallest null's change on general text and on a corpus below which the corpus counts as untouched."""
 
 LINE = 3
 """Nulls below which a line through them says nothing."""
@@ -165,9 +168,22 @@ def _judge_all(suspect: _Suspect, delta_loss_ci: Mapping[str, Range]) -> _Corpor
             for judged, interval in ((features, spread.features), (loss, spread.loss))
             if judged is not None and interval is not None
         ]
+        if _still(suspect, name, used):
+            tests[0] = replace(tests[0], p=1.0, p_rank=1.0, p_adjusted=1.0)
         found.tests[name] = Evidence(tests[0], tests[1] if len(tests) > 1 else None)
         found.delta_loss_ci[name] = delta_loss_ci.get(name, spread.delta_loss)
     return found._replace(tests=adjusted(found.tests, suspect.level.alpha))
+
+
+def _still(suspect: _Suspect, name: str, used: NDArray) -> bool:
+    """Whether the suspect moved less than `STILL` of the least null's change, here and on general text.
+
+    Such a corpus is not changed beyond the nulls, whatever a line in logarithms says so far below them.
+    """
+    models = np.concatenate([[True], used])
+    overlap = [document_means(suspect.panel.overlap[corpus])[models, 0] for corpus in (GENERAL, name)]
+    change = [1 - one for one in overlap]
+    return not suspect.matched and all(bool(one[0] < STILL * one[1:].min()) for one in change)
 
 
 def _judged(suspect: _Suspect, name: str, used: NDArray) -> tuple[Judged, Judged | None]:
@@ -177,7 +193,7 @@ def _judged(suspect: _Suspect, name: str, used: NDArray) -> tuple[Judged, Judged
     if measured.loss is None or not suspect.has_loss(name):
         return features, None
     change = drift_of_loss(drift)
-    return features, judge(change, measured.loss[name][None, models], scale=scale_of_loss(change))
+    return features, judge(change, measured.loss[name][None, models], scale=change)
 
 
 def _refusal(suspect: _Suspect, name: str) -> str | None:
@@ -231,7 +247,7 @@ def _grid(suspect: _Suspect, corpora: _Corpora) -> tuple[list[dict[str, Any]], d
             suspect.panel.names.index(name),
             matched=suspect.matched,
         )
-        maxima[name] = found.p
+        maxima[name] = 1.0 if corpora.tests[name].features.p == 1 else found.p
         for (site, k), z in zip(suspect.panel.grid, found.z, strict=True):
             rows.append({"name": name, "site": site, "k": k, "z": _number(z)})
     return rows, maxima

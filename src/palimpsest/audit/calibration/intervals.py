@@ -7,13 +7,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from palimpsest.audit.calibration.panel import GENERAL, Level, Panel
-from palimpsest.audit.calibration.statistic import (
-    contrasts,
-    drift_of_loss,
-    fit,
-    log_change,
-    scale_of_loss,
-)
+from palimpsest.audit.calibration.statistic import contrasts, drift_of_loss, fit, log_change
 from palimpsest.findings import Range
 from palimpsest.stats import Resampler, percentile_interval, resample_weights, weighted_mean
 
@@ -82,8 +76,7 @@ class Resamples:
         if loss is None:
             return Spread(features, None, None)
         change = drift_of_loss(drift)
-        scale = scale_of_loss(change)
-        of_loss = residuals(change, loss[:, models] / scale) * scale[:, 0]
+        of_loss = residuals(change, loss[:, models] / change) * change[:, 0]
         return Spread(features, self._interval(of_loss, documents), self._interval(loss[:, 0], documents))
 
     def _interval(self, samples: Float[NDArray, " resamples"], size: int) -> Range:

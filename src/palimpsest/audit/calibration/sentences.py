@@ -66,7 +66,8 @@ def audit_sentence(domains: Iterable[DomainFinding], nulls: int, further: bool |
             parts.append(f"{words}: {', '.join(named)}")
     judged = any(one.verdict != "refused" for one in domains)
     if judged and all(one.verdict != "undeclared" for one in domains):
-        parts.insert(0, "nothing undeclared")
+        refused = any(one.verdict == "refused" for one in domains)
+        parts.insert(0, "nothing undeclared" + (" where there is a verdict" if refused else ""))
     sentence = f"{'; '.join(parts)} ({nulls} null{'s' * (nulls != 1)})."
     sentence = sentence[0].upper() + sentence[1:]
     if judged and further is not None:

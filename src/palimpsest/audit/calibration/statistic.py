@@ -110,15 +110,6 @@ def drift_of_loss(drift: Float[NDArray, "..."]) -> Float[NDArray, "..."]:
     return np.exp(drift)
 
 
-def scale_of_loss(change: Float[NDArray, "rows models"]) -> Float[NDArray, "rows models"]:
-    """What Δloss is divided by: `change`, for the suspect at least the smallest null's.
-
-    A suspect that hardly moved has numerical noise in its losses, and dividing that by next to nothing is no evidence.
-    """
-    floor = np.maximum(change[:, :1], change[:, 1:].min(1, keepdims=True))
-    return np.concatenate([floor, change[:, 1:]], axis=1)
-
-
 def document_means(values: Float[NDArray, "models documents *rest"]) -> Float[NDArray, "models *rest"]:
     """Means over the documents that have a value; NaN where none has."""
     known = np.isfinite(values)
@@ -185,10 +176,12 @@ def judge(
 
     The prediction of one more fine-tune has the standard deviation s · sqrt(1 + 1/R + (x - x̄)² / Sxx) with
     s² = SSE / (R - 2); with `matched`, s · sqrt(1 + 1/R) and s² = SSE / (R - 1). With `scale` the line goes through
-    y / scale, and every figure is given back at the suspect's scale.
+    y / scale, and every figure is given back at the suspect's scale; the deviation at no smaller one than the
+    smallest null's, because what a suspect that hardly moved shows is numerical noise.
     """
-    unit = np.ones(len(y)) if scale is None else scale[:, 0]
-    y = y if scale is None else y / scale
+    scale = np.ones_like(y) if scale is None else scale
+    unit = scale[:, 0]
+    y = y / scale
     nulls_x, nulls_y = x[:, 1:], y[:, 1:]
     count = nulls_x.shape[1]
     freedom = count - (1 if matched else 2)
@@ -206,7 +199,7 @@ def judge(
     return Judged(
         expected * unit,
         (y[:, 0] - expected) * unit,
-        error * unit,
+        error * np.maximum(unit, scale[:, 1:].min(1)),
         residuals * unit[:, None],
         left_out * unit[:, None],
         freedom,

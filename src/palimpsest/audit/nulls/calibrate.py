@@ -1,7 +1,6 @@
 """`battery calibrate` as a stage: train the nulls of a base once, and keep what they do to its battery."""
 
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 
-from palimpsest.artifacts import Artifact, RunFolder, input_entry
+from palimpsest.artifacts import Artifact, RunFolder, input_entry, open_artifact
+from palimpsest.audit.battery.make import CACHE, CALIBRATION
 from palimpsest.audit.calibration import nulls_needed
 from palimpsest.audit.nulls.config import CalibrateConfig
 from palimpsest.audit.nulls.recipes import NullRecipe, make_recipes
-from palimpsest.audit.nulls.store import CALIBRATION, FIGURES, RECORDS, save_nulls
-from palimpsest.audit.nulls.work import CACHE, Workshop, cache_file, load_null, save_null, start_worker, work
-from palimpsest.errors import NumericsError
+from palimpsest.audit.nulls.store import FIGURES, RECORDS, Nulls, save_nulls
+from palimpsest.audit.nulls.work import Workshop, cache_file, load_null, save_null, start_worker, work
+from palimpsest.errors import ArtifactError, NumericsError
 from palimpsest.log import log, progress
 from palimpsest.options import config_dict
 
@@ -38,7 +38,6 @@ def calibrate_battery(config: CalibrateConfig) -> Artifact:
         PalimpsestError: The battery, its base or the null corpora cannot be used.
         NumericsError: Every null diverged.
     """
-    started = time.monotonic()
     shop = Workshop(config)
     shop.check()
     families = shop.families()
@@ -52,6 +51,8 @@ def calibrate_battery(config: CalibrateConfig) -> Artifact:
         methods=config.methods,
         seed=config.seed,
     )
+    if strange := [name for name in families if name not in shop.battery.names]:
+        log.warning("%s: no corpus of the battery, so these nulls judge every corpus.", ", ".join(strange))
     _warn_of_repeats(config, shop, families)
     jobs = [(recipe, cache_file(config.path, config, recipe, texts[recipe.family])) for recipe in recipes]
     if config.overwrite:
@@ -62,7 +63,7 @@ def calibrate_battery(config: CalibrateConfig) -> Artifact:
     if len(todo) < len(jobs):
         log.warning("%d of %d nulls were made earlier and are used again.", len(jobs) - len(todo), len(jobs))
     _make(config, shop, todo)
-    return _collect(config, shop, jobs, time.monotonic() - started)
+    return _collect(config, shop, jobs)
 
 
 def worker_count(config: CalibrateConfig, shop: Workshop, jobs: int) -> int:
@@ -117,7 +118,7 @@ def _make(config: CalibrateConfig, shop: Workshop, todo: Sequence[Job]) -> None:
             pool.shutdown(cancel_futures=True)
 
 
-def _collect(config: CalibrateConfig, shop: Workshop, jobs: Sequence[Job], seconds: float) -> Artifact:
+def _collect(config: CalibrateConfig, shop: Workshop, jobs: Sequence[Job]) -> Artifact:
     """Put the nulls together as an artifact of their own inside the battery."""
     found = [load_null(path) for _, path in jobs]
     records = [record for record, _ in found]
@@ -129,6 +130,8 @@ def _collect(config: CalibrateConfig, shop: Workshop, jobs: Sequence[Job], secon
             fix="Lower --full-lr and --lora-lr",
         )
     folder = config.path / CALIBRATION
+    if _same_nulls(config.path, records):
+        return open_artifact(folder, stage=CALIBRATION)
     with RunFolder(
         folder,
         stage=CALIBRATION,
@@ -140,8 +143,15 @@ def _collect(config: CalibrateConfig, shop: Workshop, jobs: Sequence[Job], secon
     ) as run:
         run.write_json(RECORDS, records)
         save_nulls(run.file(FIGURES), {record["index"]: figures for record, figures in found if figures})
-        run.timing("calibrate", seconds)
         return run.finish(summary=describe(shop.battery.names, records))
+
+
+def _same_nulls(battery: Path, records: list[dict[str, Any]]) -> bool:
+    """Whether these very nulls are in place: writing them again would make a new artifact of nothing new."""
+    try:
+        return Nulls(battery).records == records
+    except ArtifactError:
+        return False
 
 
 def describe(names: Sequence[str], records: Sequence[dict[str, Any]]) -> str:

@@ -9,12 +9,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from palimpsest.artifacts import disk, input_entry, open_artifact
+from palimpsest.audit.battery.make import CALIBRATION
 from palimpsest.audit.calibration.panel import Panel
 from palimpsest.audit.sums import CorpusSums
 from palimpsest.errors import ArtifactError, ConfigError
-
-CALIBRATION = "calibration"
-"""Folder of the nulls inside a battery, and the stage that writes it."""
 
 RECORDS = "nulls.json"
 FIGURES = "nulls.safetensors"
@@ -52,14 +50,14 @@ class Nulls:
 
     def __init__(self, battery: Path) -> None:
         self.path = battery / CALIBRATION
-        artifact = open_artifact(self.path, stage=CALIBRATION, verify=False)
+        artifact = open_artifact(self.path, stage=CALIBRATION)
         if artifact.manifest["inputs"]["battery"]["sha256"] != input_entry(battery)["sha256"]:
             raise ArtifactError(
                 f"The nulls in {self.path} were made for an earlier battery of that place",
                 fix=f"Run `palimpsest battery calibrate {battery} --overwrite`",
             )
         self.records: list[dict[str, Any]] = artifact.read_json(RECORDS)
-        self.seconds = float(artifact.manifest["timings"].get("calibrate", 0.0))
+        self.seconds = sum(r["seconds_training"] + r["seconds_measuring"] for r in self.records)
         self._figures = load_file(artifact.file(FIGURES))
 
     @property

@@ -5,34 +5,38 @@ import json
 import os
 import signal
 import time
+from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Int
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-from palimpsest import log
 from palimpsest.artifacts import disk, input_entry
 from palimpsest.audit.battery.folder import Battery
-from palimpsest.audit.battery.text import packed_blocks
+from palimpsest.audit.battery.make import CACHE
+from palimpsest.audit.battery.text import load_documents, packed_blocks, text_key
 from palimpsest.audit.measure import Size, measure_corpus
 from palimpsest.audit.nulls.config import CalibrateConfig
 from palimpsest.audit.nulls.recipes import NullRecipe
 from palimpsest.audit.nulls.store import Figures, figures_of
 from palimpsest.audit.nulls.training import trained_null
 from palimpsest.audit.sums import CorpusSums, Measure
-from palimpsest.corpus import Corpus
-from palimpsest.errors import CorpusError, NumericsError
+from palimpsest.corpus import Corpus, Document
+from palimpsest.errors import ArtifactError, CorpusError, NumericsError
 from palimpsest.harvest import Harvester
 from palimpsest.harvest.cached import CachedHarvester
+from palimpsest.log import log, quiet
 from palimpsest.models import LanguageModel, ModelPair, load_model
-from palimpsest.options import config_dict
+from palimpsest.options import ModelOptions, config_dict
 
-CACHE = "null-cache"
-"""Folder of a battery in which finished nulls are kept one by one, so that nothing is trained twice."""
+RECIPE = 1
+"""Version of how a null of a given recipe is trained and measured; raise it when that changes."""
 
 TEXT_BLOCKS = 2048
 """Blocks of a null corpus that are read at most: more than any short fine-tune sees."""
@@ -49,7 +53,8 @@ class Workshop:
     def __init__(self, config: CalibrateConfig, base: LanguageModel | None = None) -> None:
         self.config = config
         self.battery = Battery(config.path)
-        self.model = base or load_model(self.battery.base["path"], config.models)
+        self.options = _model_options(config, self.battery)
+        self.model = base or load_model(self.battery.base["path"], self.options)
         dictionaries = [one.to(self.model.device) for one in self.battery.dictionaries()]
         self.measures = [
             Measure(r.name, d, r.site, k_max=min(config.k_max, d.n_latents), latents=False)
@@ -57,10 +62,11 @@ class Workshop:
         ]
         self._blocks: dict[str, Tensor] = {}
         self._base: LanguageModel | None = None
+        self._audited: set[bytes] | None = None
 
     def check(self) -> None:
         """Refuse a base, tokenizer or library that gives other numbers than the battery holds."""
-        self.battery.check_base(self.model, self.measures[0].dictionary)
+        self.battery.check_base(self.model, [measure.dictionary for measure in self.measures])
 
     def families(self) -> list[str]:
         """Texts to train on: those named by the user, else every corpus with a set-aside share."""
@@ -86,18 +92,7 @@ class Workshop:
             length = min(self.config.block_length, self.model.context or self.config.block_length)
             eos = self.model.tokenizer.eos_token_id
             source = dict(self.config.texts).get(family)
-            if source is None:
-                documents = self.battery.aside(family)
-            else:
-                limit = TEXT_BLOCKS * length
-                documents, tokens = [], 0
-                for document in Corpus(
-                    source, self.model.tokenizer, name=family, max_length=length
-                ).documents():
-                    documents.append(document)
-                    tokens += len(document)
-                    if tokens >= limit:
-                        break
+            documents = self.battery.aside(family) if source is None else self._read(source, family, length)
             blocks = packed_blocks(documents, length, eos)
             if len(blocks) < 2:
                 raise CorpusError(
@@ -108,6 +103,26 @@ class Workshop:
                 )
             self._blocks[family] = blocks
         return self._blocks[family]
+
+    def _read(self, source: str, family: str, length: int) -> list[Document]:
+        """Documents of a null corpus cut at `length`, read as the battery reads its own; audited ones are left out."""
+        if self._audited is None:
+            texts = (load_documents(self.battery.text(name).path) for name in self.battery.names)
+            self._audited = {text_key(document) for text in texts for document in text}
+        corpus = Corpus(source, self.model.tokenizer, name=family, options=self.battery.text_options)
+        documents, tokens, dropped = [], 0, 0
+        for document in corpus.documents():
+            if text_key(document) in self._audited:
+                dropped += 1
+                continue
+            cut = (document.token_ids[:length], document.roles[:length], document.special[:length])
+            documents.append(Document(document.index, *cut))
+            tokens += len(documents[-1])
+            if tokens >= TEXT_BLOCKS * length:
+                break
+        if dropped:
+            log.warning("%d documents of the null corpus %s are audited ones: left out.", dropped, family)
+        return documents
 
     def make(self, recipe: NullRecipe) -> tuple[dict[str, Any], Figures]:
         """Train one null, measure it and give the base back untouched."""
@@ -154,7 +169,7 @@ class Workshop:
     def _paired(self, model: LanguageModel) -> Harvester:
         """KL compares two predictions, so an untouched base stands beside the null."""
         if self._base is None:
-            self._base = load_model(self.battery.base["path"], self.config.models)
+            self._base = load_model(self.battery.base["path"], self.options)
         base = self._base
         pair = ModelPair({"base": lambda: base, "tuned": lambda: model}, base.tokenizer, kind="full")
         return Harvester(pair, self.battery.sites, loss=True, kl=True)
@@ -164,9 +179,10 @@ def cache_file(battery: Path, config: CalibrateConfig, recipe: NullRecipe, text:
     """Where the figures of one null lie; its name changes with everything that they depend on."""
     keep = config_dict(config)
     shared = {key: keep[key] for key in ("batch_size", "block_length", "k_max", "kl") if key in keep}
-    key = json.dumps(
-        [recipe.key, shared, text, input_entry(battery)["sha256"], torch.__version__], sort_keys=True
-    )
+    versions = {name: version(name) for name in ("torch", "transformers", "peft")}
+    models = keep["models"] if config.models != ModelOptions() else {}
+    content = [RECIPE, recipe.key, shared, models, text, input_entry(battery)["sha256"], versions]
+    key = json.dumps(content, sort_keys=True)
     return battery / CACHE / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
 
 
@@ -180,8 +196,25 @@ def save_null(path: Path, record: dict[str, Any], figures: Figures) -> None:
 
 def load_null(path: Path) -> tuple[dict[str, Any], Figures]:
     """What `save_null` wrote."""
-    arrays = load_file(path)
+    try:
+        arrays = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{path} cannot be read", found=str(error), fix="Delete it and run the command again"
+        ) from error
     return json.loads(arrays.pop("record").tobytes().decode()), arrays
+
+
+def _model_options(config: CalibrateConfig, battery: Battery) -> ModelOptions:
+    """How the base is loaded: as the battery's was, where the user does not say otherwise.
+
+    Running a checkpoint's code is never taken over: that is asked for each time.
+    """
+    if config.models != ModelOptions():
+        return config.models
+    made = battery.artifact.manifest["config"]["models"]
+    known = {field.name for field in fields(ModelOptions)} - {"trust_remote_code"}
+    return ModelOptions(**{key: value for key, value in made.items() if key in known})
 
 
 _workshop: list[Workshop] = []
@@ -192,7 +225,7 @@ def start_worker(config: CalibrateConfig, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(threads)
-    log.quiet()
+    quiet()
     _workshop.append(Workshop(config))
 
 
