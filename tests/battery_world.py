@@ -80,7 +80,6 @@ def audit(world, battery, out, **changes) -> dict:
     return run_audit(audit_config(world, battery, out, **changes)).read_json("audit.json")
 
 
-@contextmanager
 def reseal(folder) -> None:
     """Make a folder whose files were edited look as if it had been written that way."""
     path = folder / "manifest.json"
@@ -90,6 +89,7 @@ def reseal(folder) -> None:
     path.write_text(json.dumps(manifest))
 
 
+@contextmanager
 def counted_nulls(monkeypatch, *, stop_at: int = 0):
     """Names of the nulls that are trained inside the block; the one of that number is interrupted."""
     names, trained = [], work.trained_null

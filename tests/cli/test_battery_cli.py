@@ -210,5 +210,7 @@ def test_what_the_gate_says(tmp_path, capsys, fail_on, refused, code, said):
     assert capsys.readouterr().err.splitlines() == lines
 
 
-def test_a_finding_without_a_calibration_has_no_gate(tmp_path):
-    assert gate(tmp_path, ("undeclared",), calibrated=False) == 0
+def test_a_gate_without_a_calibration_fails(tmp_path, capsys):
+    assert gate(tmp_path, ("undeclared",), calibrated=False) == 3
+    assert "there is no verdict" in capsys.readouterr().err
+    assert gate(tmp_path, (), calibrated=False) == 0

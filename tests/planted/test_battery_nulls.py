@@ -301,3 +301,30 @@ def test_spectrum_nulls_alone_judge_features(world, blank, tmp_path):
     for domain in calibration["domains"]:
         assert domain["loss"] is None and domain["features"]["nulls"] == 7
     assert all(task["verdict"] is not None for task in found["tasks"])
+
+
+def test_an_unchanged_calibration_keeps_its_identity(four, tmp_path):
+    battery = shutil.copytree(four, tmp_path / "battery")
+    before = (battery / "calibration" / "manifest.json").read_bytes()
+    calibrate(battery)
+    assert (battery / "calibration" / "manifest.json").read_bytes() == before
+
+
+def test_a_battery_made_anew_drops_its_nulls(world, four, tmp_path):
+    battery = shutil.copytree(four, tmp_path / "battery")
+    again = make(world, battery, dictionary=(world.dictionary, world.later), overwrite=True)
+    assert not (again / "calibration").exists() and not (again / "null-cache").exists()
+
+
+def test_the_base_itself_is_unchanged_everywhere(world, judged, tmp_path):
+    found = audit(world, judged, tmp_path / "run", tuned=world.base)
+    kinds = {domain["name"]: domain["kind"] for domain in found["calibration"]["domains"]}
+    assert set(kinds.values()) == {"unchanged"}
+
+
+def test_an_edited_file_of_nulls_is_refused(four, tmp_path):
+    battery = shutil.copytree(four, tmp_path / "battery")
+    path = battery / "calibration" / "nulls.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ArtifactError, match="changed after it was written"):
+        Nulls(battery)
