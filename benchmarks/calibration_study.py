@@ -27,9 +27,8 @@ from calibration_power import SEEN, Subject, power, print_power, table  # noqa: 
 from palimpsest.artifacts import input_entry, open_artifact  # noqa: E402
 from palimpsest.audit.battery.folder import Battery  # noqa: E402
 from palimpsest.audit.calibration import Level, Panel, calibrate  # noqa: E402
-from palimpsest.audit.nulls.calibrate import _make, _text_hash  # noqa: E402
+from palimpsest.audit.nulls.calibrate import make_nulls, recipes_of, text_hash  # noqa: E402
 from palimpsest.audit.nulls.config import CalibrateConfig  # noqa: E402
-from palimpsest.audit.nulls.recipes import make_recipes  # noqa: E402
 from palimpsest.audit.nulls.store import CALIBRATION, Nulls, figures_of, panel_of  # noqa: E402
 from palimpsest.audit.nulls.work import Workshop, cache_file, load_null, save_null  # noqa: E402
 from palimpsest.errors import ConfigError  # noqa: E402
@@ -76,18 +75,10 @@ def held_out_config(args: argparse.Namespace) -> CalibrateConfig:
 def held_out(config: CalibrateConfig, shop: Workshop, folder: Path) -> list[Subject]:
     """Train what is not in the folder yet."""
     families = shop.families()
-    texts = {family: _text_hash(shop, family) for family in families}
-    recipes = make_recipes(
-        config.nulls,
-        families,
-        full_lr=config.full_lr,
-        lora_lr=config.lora_lr,
-        steps=config.steps,
-        methods=config.methods,
-        seed=config.seed,
-    )
+    texts = {family: text_hash(shop, family) for family in families}
+    recipes = recipes_of(config, families)
     paths = [folder / cache_file(config.path, config, one, texts[one.family]).name for one in recipes]
-    _make(config, shop, [job for job in zip(recipes, paths, strict=True) if not job[1].exists()])
+    make_nulls(config, shop, [job for job in zip(recipes, paths, strict=True) if not job[1].exists()])
     found = []
     for path in paths:
         record, figures = load_null(path)

@@ -8,7 +8,7 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -188,6 +188,20 @@ def parse_assignment(text: str) -> tuple[str, str]:
     if not name.strip() or not source.strip():
         raise ConfigError(f"'{text}' names no corpus", expected="NAME=FILE, as in math=math.jsonl")
     return name.strip(), source.strip()
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Refuse task corpora that share a name, or that are called like the general one.
+
+    Raises:
+        ConfigError: They do.
+    """
+    if len({*names, "general"}) != len(names) + 1:
+        raise ConfigError(
+            "Corpora need different names",
+            expected="a name per task, none of them 'general'",
+            found=", ".join(names),
+        )
 
 
 def load_config(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
-from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions, parse_assignment
+from palimpsest.options import (
+    FLAT,
+    CorpusOptions,
+    Count,
+    ModelOptions,
+    RunOptions,
+    check_names,
+    parse_assignment,
+)
 
 LARGEST_K = 256
 """Longest lists that are compared."""
@@ -140,13 +148,7 @@ class AuditConfig:
             )
         if self.kl and not self.loss:
             raise ConfigError("KL needs the whole forward pass", fix="Drop --kl or --no-loss")
-        names = [name for name, _ in self.tasks]
-        if len({*names, "general"}) != len(names) + 1:
-            raise ConfigError(
-                "Corpora need different names",
-                expected="a name per task, none of them 'general'",
-                found=", ".join(names),
-            )
+        check_names([name for name, _ in self.tasks])
 
     def check_text(self) -> None:
         """Text and dictionary come either from flags or from a battery; the stage asks before it starts.

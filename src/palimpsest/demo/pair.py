@@ -69,7 +69,7 @@ class DemoPair:
     corpora: Mapping[str, Path]
     """Held-out documents per domain as an auditor would have them: none holds the hidden behaviour."""
     null_text: Mapping[str, Path]
-    """Documents per domain that nobody else was trained on, for null fine-tunes."""
+    """Documents per domain for null fine-tunes; none of them is audited."""
     train_text: Path
     """Text of all domains in equal parts, for training a dictionary."""
     planted: Planted

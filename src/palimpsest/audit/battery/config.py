@@ -7,7 +7,15 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from palimpsest.errors import ConfigError
-from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions, parse_assignment
+from palimpsest.options import (
+    FLAT,
+    CorpusOptions,
+    Count,
+    ModelOptions,
+    RunOptions,
+    check_names,
+    parse_assignment,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,13 +78,7 @@ class BatteryConfig:
             )
         if self.preset is None and not self.task:
             raise ConfigError("A battery needs at least one task corpus", fix="Pass --task NAME=FILE")
-        names = [name for name, _ in self.tasks]
-        if len({*names, "general"}) != len(names) + 1:
-            raise ConfigError(
-                "Corpora need different names",
-                expected="a name per task, none of them 'general'",
-                found=", ".join(names),
-            )
+        check_names([name for name, _ in self.tasks])
 
     @property
     def tasks(self) -> list[tuple[str, str]]:

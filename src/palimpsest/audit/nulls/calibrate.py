@@ -1,5 +1,6 @@
 """`battery calibrate` as a stage: train the nulls of a base once, and keep what they do to its battery."""
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -41,16 +42,8 @@ def calibrate_battery(config: CalibrateConfig) -> Artifact:
     shop = Workshop(config)
     shop.check()
     families = shop.families()
-    texts = {family: _text_hash(shop, family) for family in families}
-    recipes = make_recipes(
-        config.nulls,
-        families,
-        full_lr=config.full_lr,
-        lora_lr=config.lora_lr,
-        steps=config.steps,
-        methods=config.methods,
-        seed=config.seed,
-    )
+    texts = {family: text_hash(shop, family) for family in families}
+    recipes = recipes_of(config, families)
     if strange := [name for name in families if name not in shop.battery.names]:
         log.warning("%s: no corpus of the battery, so these nulls judge every corpus.", ", ".join(strange))
     _warn_of_repeats(config, shop, families)
@@ -62,8 +55,21 @@ def calibrate_battery(config: CalibrateConfig) -> Artifact:
     (config.path / CACHE).mkdir(exist_ok=True)
     if len(todo) < len(jobs):
         log.warning("%d of %d nulls were made earlier and are used again.", len(jobs) - len(todo), len(jobs))
-    _make(config, shop, todo)
+    make_nulls(config, shop, todo)
     return _collect(config, shop, jobs)
+
+
+def recipes_of(config: CalibrateConfig, families: Sequence[str]) -> list[NullRecipe]:
+    """What a config trains on these families of text."""
+    return make_recipes(
+        config.nulls,
+        families,
+        full_lr=config.full_lr,
+        lora_lr=config.lora_lr,
+        steps=config.steps,
+        methods=config.methods,
+        seed=config.seed,
+    )
 
 
 def worker_count(config: CalibrateConfig, shop: Workshop, jobs: int) -> int:
@@ -89,7 +95,12 @@ def _warn_of_repeats(config: CalibrateConfig, shop: Workshop, families: Sequence
             )
 
 
-def _make(config: CalibrateConfig, shop: Workshop, todo: Sequence[Job]) -> None:
+def make_nulls(config: CalibrateConfig, shop: Workshop, todo: Sequence[Job]) -> None:
+    """Train and measure nulls, several at once where that pays; each is kept as soon as it is done.
+
+    Raises:
+        NumericsError: A worker process died.
+    """
     if not todo:
         return
     workers = worker_count(config, shop, len(todo))
@@ -168,7 +179,6 @@ def describe(names: Sequence[str], records: Sequence[dict[str, Any]]) -> str:
     return "; ".join(parts) + "."
 
 
-def _text_hash(shop: Workshop, family: str) -> str:
-    import hashlib
-
+def text_hash(shop: Workshop, family: str) -> str:
+    """SHA-256 of the blocks that a family's nulls are trained on."""
     return hashlib.sha256(shop.blocks(family).numpy().tobytes()).hexdigest()
