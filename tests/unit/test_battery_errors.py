@@ -183,6 +183,10 @@ def test_too_few_documents(world, tmp_path):
     assert make(world, tmp_path / "whole", task=(f"short={short}",), set_aside=0.0)
     with pytest.raises(CorpusError, match="--tokens"):
         make(world, tmp_path / "capped", tokens=60)
+    same = world.corpora["general"]
+    with pytest.raises(CorpusError, match="copies of others left out") as caught:
+        make(world, tmp_path / "copied", task=(f"twin={same}",))
+    assert "corpus twin" in str(caught.value) and " 0 copies" not in str(caught.value)
 
 
 def test_no_text_to_train_nulls_on(world, tmp_path):

@@ -73,13 +73,14 @@ def choose(
     """
     audited: list[Document] = []
     aside: list[Document] = []
-    measured = held = seen = 0
+    measured = held = seen = copies = 0
     full, aside_full = False, share == 0
     known = set() if known is None else known
     for document in corpus.documents():
         kept = int(masking.keep(document.roles, document.special.astype(bool)).sum())
         text = text_key(document)
         # A second copy could land in the other part: nulls would be trained on what is audited.
+        copies += kept > 0 and text in known
         if kept == 0 or text in known:
             continue
         known.add(text)
@@ -99,7 +100,8 @@ def choose(
         raise CorpusError(
             f"The corpus {corpus.name} has too few documents for a battery",
             expected=f"at least {MINIMUM_DOCUMENTS} audited documents",
-            found=f"{len(audited)} audited ({measured} tokens) and {len(aside)} set aside",
+            found=f"{len(audited)} audited ({measured} tokens), {len(aside)} set aside, "
+            f"{copies} copies of others left out",
             fix="Give more documents, or raise --tokens, or lower --set-aside",
         )
     return Chosen(audited, aside, measured, corpus.stats.bad_rows)
