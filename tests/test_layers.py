@@ -12,8 +12,8 @@ from helpers import PACKAGE
 RANKS = {
     0: ("errors", "lazy", "log", "stats"),
     1: ("artifacts", "findings", "options"),
-    2: ("models", "corpus", "store", "dictionaries"),
-    3: ("harvest",),
+    2: ("models", "corpus", "store", "buffer", "dictionaries"),
+    3: ("harvest", "evaluate"),
     4: ("audit", "train"),
     5: ("report",),
     6: ("demo",),

@@ -28,22 +28,34 @@ if TYPE_CHECKING:
         make_battery,
         run_audit,
     )
+    from palimpsest.buffer import ShuffleBuffer
     from palimpsest.corpus import Corpus
     from palimpsest.dictionaries import (
         Dictionary,
+        Objective,
+        Partition,
         TrainConfig,
         load_dictionary,
         save_saelens,
+        train_dictionaries,
         train_dictionary,
     )
     from palimpsest.errors import PalimpsestError
+    from palimpsest.evaluate import EvaluateConfig, Evaluation, evaluate_dictionary, run_evaluate
     from palimpsest.findings import AuditFinding
     from palimpsest.harvest import HarvestConfig, Harvester, run_harvest
     from palimpsest.models import ModelPair, capture, load_model, load_pair, replace
     from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
     from palimpsest.report import build_report
     from palimpsest.store import ActivationStore
-    from palimpsest.train import TrainSaeConfig, train_sae
+    from palimpsest.train import (
+        TrainingOptions,
+        TrainPairConfig,
+        TrainSaeConfig,
+        train_pair,
+        train_sae,
+        train_variants,
+    )
 
 _HOMES = {
     "artifacts": ("Artifact", "open_artifact"),
@@ -57,16 +69,34 @@ _HOMES = {
         "make_battery",
         "run_audit",
     ),
+    "buffer": ("ShuffleBuffer",),
     "corpus": ("Corpus",),
-    "dictionaries": ("Dictionary", "TrainConfig", "load_dictionary", "save_saelens", "train_dictionary"),
+    "dictionaries": (
+        "Dictionary",
+        "Objective",
+        "Partition",
+        "TrainConfig",
+        "load_dictionary",
+        "save_saelens",
+        "train_dictionaries",
+        "train_dictionary",
+    ),
     "errors": ("PalimpsestError",),
+    "evaluate": ("EvaluateConfig", "Evaluation", "evaluate_dictionary", "run_evaluate"),
     "findings": ("AuditFinding",),
     "harvest": ("HarvestConfig", "Harvester", "run_harvest"),
     "models": ("ModelPair", "capture", "load_model", "load_pair", "replace"),
     "options": ("CorpusOptions", "ModelOptions", "RunOptions"),
     "report": ("build_report",),
     "store": ("ActivationStore",),
-    "train": ("TrainSaeConfig", "train_sae"),
+    "train": (
+        "TrainPairConfig",
+        "TrainSaeConfig",
+        "TrainingOptions",
+        "train_pair",
+        "train_sae",
+        "train_variants",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -82,28 +112,40 @@ __all__ = [
     "Corpus",
     "CorpusOptions",
     "Dictionary",
+    "EvaluateConfig",
+    "Evaluation",
     "HarvestConfig",
     "Harvester",
     "ModelOptions",
     "ModelPair",
+    "Objective",
     "PalimpsestError",
+    "Partition",
     "RunOptions",
+    "ShuffleBuffer",
     "TrainConfig",
+    "TrainPairConfig",
     "TrainSaeConfig",
-    "run_audit",
+    "TrainingOptions",
     "build_report",
     "calibrate_battery",
     "capture",
-    "run_harvest",
+    "evaluate_dictionary",
     "load_dictionary",
     "load_model",
     "load_pair",
     "make_battery",
     "open_artifact",
     "replace",
+    "run_audit",
+    "run_evaluate",
+    "run_harvest",
     "save_saelens",
+    "train_dictionaries",
     "train_dictionary",
+    "train_pair",
     "train_sae",
+    "train_variants",
 ]
 
 __getattr__ = lazy_names(__name__, _HOME)

@@ -74,7 +74,7 @@ def progress(
         unit: What is counted.
 
     Yields:
-        `advance(n=1)`, to be called as units are done.
+        `advance(n=1, note="")`, to be called as units are done; a note replaces the last one at the end of the line.
     """
     if not _watched():
         yield _advance_nothing
@@ -85,9 +85,13 @@ def progress(
     if owner:
         display.start()
         _showing.append(display)
-    task = display.add_task(description, total=total, unit=unit)
+    task = display.add_task(description, total=total, unit=unit, note="")
+
+    def advance(n: float = 1, note: str = "") -> None:
+        display.update(task, advance=n, **({"note": note} if note else {}))
+
     try:
-        yield lambda n=1: display.update(task, advance=n)
+        yield advance
     finally:
         if owner:
             _showing.remove(display)
@@ -101,8 +105,8 @@ def _watched() -> bool:
     return not silenced and console().is_terminal
 
 
-def _advance_nothing(n: float = 1) -> None:
-    del n
+def _advance_nothing(n: float = 1, note: str = "") -> None:
+    del n, note
 
 
 def _display() -> Progress:
@@ -121,6 +125,7 @@ def _display() -> Progress:
         BarColumn(bar_width=24),
         Rate(),
         TimeRemainingColumn(compact=True),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console(),
         transient=True,
     )

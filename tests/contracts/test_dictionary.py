@@ -8,87 +8,108 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from safetensors.torch import load_file, save_file
 
-from palimpsest.dictionaries import Codes, Dictionary, TrainConfig, load_dictionary
+from palimpsest.dictionaries import Codes, Dictionary, TrainConfig, load_dictionary, save_saelens
 from palimpsest.dictionaries import dictionary as module
 from palimpsest.dictionaries.activations import above, batch_top_k, top_k
 from palimpsest.errors import ArtifactError, ConfigError, DictionaryError, NumericsError
+from random_dictionaries import (
+    D_MODEL,
+    LATENTS,
+    RULES,
+    TOKENS,
+    VIEWS,
+    activations,
+    dense_codes,
+    dense_output,
+    make,
+)
 
-ACTIVATIONS = {"relu": None, "topk": 5, "batch_topk": 4.5, "jumprelu": None}
-VIEWS = {"base": 1, "tuned": 1, "diff": 1, "pair": 2}
-D_MODEL, LATENTS, TOKENS = 12, 40, 33
-
-
-def make(activation="topk", view="base", seed=0, **extra):
-    """Build a dictionary with random, untied parameters everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    made = Dictionary(
-        D_MODEL,
-        LATENTS,
-        activation=activation,
-        k=ACTIVATIONS[activation],
-        models=VIEWS[view],
-        view=view,
-        **extra,
-    )
-    with torch.no_grad():
-        for tensor in made.state_dict().values():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
-        if made.threshold is not None:
-            made.threshold.abs_()
-    return made.requires_grad_(False)
+every = pytest.mark.parametrize(
+    ("activation", "view"), [(rule, view) for rule in RULES for view in VIEWS], ids="-".join
+)
 
 
-def activations(made, tokens=TOKENS, seed=1):
-    x = torch.randn(tokens, made.models, D_MODEL, generator=torch.Generator().manual_seed(seed)) + 0.3
-    return x if made.models > 1 else x[:, 0]
-
-
-def direct(made, x):
-    """Encode by the definition, densely, in float64."""
-    x = x.double().reshape(x.shape[0], made.models, D_MODEL)
-    if made.apply_b_dec_to_input:
-        x = x - made.b_dec.double()
-    pre = torch.einsum("tmd,mdl->tl", x, made.W_enc.double()) + made.b_enc.double()
-    if made.activation == "topk":
-        best = pre.topk(int(made.k), dim=1)
-        return torch.zeros_like(pre).scatter_(1, best.indices, best.values.relu())
-    threshold = 0.0 if made.threshold is None else made.threshold.double()
-    return pre.relu() * (pre > threshold)
-
-
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@every
 @pytest.mark.parametrize("subtract", [True, False])
-def test_check_dictionary(activation, view, subtract, tmp_path, monkeypatch):
-    made = make(
-        activation, view, apply_b_dec_to_input=subtract, metadata={"site": "resid_post.1", "tokens": 7}
-    )
+def test_sparse_equals_dense(activation, view, subtract):
+    made = make(activation, view, apply_b_dec_to_input=subtract)
     x = activations(made)
     output, codes = made(x)
-    dense = direct(made, x)
-
+    expected = dense_codes(made, x)
     assert output.shape == x.shape and codes.tokens == TOKENS and codes.n_latents == LATENTS
-    torch.testing.assert_close(codes.dense().double(), dense, atol=1e-5, rtol=1e-5)
+    assert 0 < (expected > 0).sum() < expected.numel() / 1.5
+    torch.testing.assert_close(codes.dense().double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(output, made.decode(codes).view(x.shape), atol=0, rtol=0)
-    expected = torch.einsum("tl,lmd->tmd", dense, made.W_dec.double()) + made.b_dec.double()
-    torch.testing.assert_close(output.double(), expected.view(x.shape), atol=1e-4, rtol=1e-4)
-    assert torch.equal(codes.l0(), (dense > 0).sum(1))
+    torch.testing.assert_close(output.double(), dense_output(made, expected, x.shape), atol=1e-4, rtol=1e-4)
+    assert torch.equal(codes.l0(), (expected > 0).sum(1))
+    assert ("b_enc" in made.state_dict()) == (activation != "gated")
 
+
+@every
+def test_tiles_change_nothing(activation, view, monkeypatch):
+    made = make(activation, view)
+    x = activations(made)
+    whole = made.encode(x)
     monkeypatch.setattr(module, "TILE_BYTES", 5 * LATENTS * 4)
     tiled = made.encode(x)
-    torch.testing.assert_close(tiled.values, codes.values, atol=1e-5, rtol=1e-5)
-    assert torch.equal(tiled.indices, codes.indices) and torch.equal(tiled.crow, codes.crow)
+    torch.testing.assert_close(tiled.values, whole.values, atol=1e-5, rtol=1e-5)
+    assert torch.equal(tiled.indices, whole.indices) and torch.equal(tiled.crow, whole.crow)
 
-    loaded = Dictionary.from_pretrained(made.save_pretrained(tmp_path / "saved"))
-    assert loaded.describe() == made.describe() and loaded.site == "resid_post.1"
-    again = loaded.encode(x)
-    assert torch.equal(again.values, tiled.values) and torch.equal(again.indices, tiled.indices)
 
-    half = Dictionary.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
-    rounded, half_codes = half(x)
-    assert half.dtype == rounded.dtype == half_codes.values.dtype == torch.bfloat16
-    error = (rounded.double() - output.double()).norm() / output.double().norm()
-    assert 0 < error < 0.1
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_what_was_saved_is_what_is_read(activation, view, dtype, tmp_path):
+    made = make(activation, view, dtype=dtype, metadata={"site": "resid_post.1", "tokens": 7})
+    x = activations(made)
+    codes = made.encode(x)
+    loaded = Dictionary.from_pretrained(made.save_pretrained(tmp_path / "native"))
+    assert loaded.describe() == made.describe() and loaded.site == "resid_post.1" and loaded.dtype == dtype
+    assert loaded.state_dict().keys() == made.state_dict().keys()
+    readers = [loaded]
+    if made.models == 1:
+        readers.append(load_dictionary(save_saelens(made, tmp_path / "saelens")))
+        assert readers[1].activation == {"batch_topk": "jumprelu"}.get(activation, activation)
+    for reader in readers:
+        again = reader.encode(x)
+        assert torch.equal(again.values, codes.values) and torch.equal(again.indices, codes.indices)
+        assert torch.equal(reader.decode(again), made.decode(codes))
+
+
+@every
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.1)], ids=str
+)
+def test_every_dtype_of_weights_and_input(activation, view, dtype, tolerance):
+    exact = make(activation, view, dtype=torch.float64)
+    x = activations(exact)
+    expected = dense_output(exact, dense_codes(exact, x), x.shape)
+    made = make(activation, view, dtype=torch.float64).to(dtype)
+    for given_in in (x, x.float()):
+        output, codes = made(given_in)
+        assert made.dtype == output.dtype == codes.values.dtype == dtype
+        error = float((output.double() - expected).norm() / expected.norm())
+        assert error < (tolerance if given_in is x else max(tolerance, 1e-5))
+    if dtype == torch.bfloat16:
+        assert error > 1e-4
+
+
+@every
+def test_gradients_reach_input_and_weights(activation, view):
+    made = make(activation, view, dtype=torch.float64).requires_grad_(True)
+    x = activations(made).requires_grad_(True)
+    output, codes = made(x)
+    target = torch.randn(output.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    (output * target).sum().backward()
+    twin = make(activation, view, dtype=torch.float64).requires_grad_(True)
+    y = x.detach().clone().requires_grad_(True)
+    (dense_output(twin, dense_codes(twin, y), y.shape) * target).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    assert torch.equal(codes.dense() > 0, dense_codes(twin, y) > 0)
+    for name, parameter in made.named_parameters():
+        theirs = dict(twin.named_parameters())[name].grad
+        assert (parameter.grad is None) == (theirs is None), name
+        if theirs is not None:
+            torch.testing.assert_close(parameter.grad, theirs, msg=name)
 
 
 @pytest.mark.parametrize("activation", ["topk", "relu"])
@@ -160,7 +181,7 @@ def test_codes_join_and_expand():
 
 
 def test_no_tokens_at_all():
-    for activation in ACTIVATIONS:
+    for activation in RULES:
         made = make(activation)
         output, codes = made(torch.zeros(0, D_MODEL))
         assert output.shape == (0, D_MODEL) and codes.tokens == 0 and codes.top(3).values.shape == (0, 3)
@@ -208,9 +229,20 @@ def test_wrong_shapes_and_arguments():
         {"k": 3, "view": "left"},
         {"k": 3, "models": 2},
         {"k": 3, "view": "pair"},
+        {"k": 3, "prefixes": (10, 20)},
+        {"k": 3, "prefixes": (20, 10, 40)},
+        {"k": 3, "prefixes": (0, 40)},
+        {"k": 3, "prefixes": (10, 10, 40)},
+        {"activation": "relu", "prefixes": (10, 40)},
+        {"k": 3, "shared": 1},
+        {"k": 3, "models": 3, "view": "pair", "shared": 1},
+        {"k": 3, "models": 2, "view": "pair", "shared": -1},
+        {"k": 3, "models": 2, "view": "pair", "shared": 30, "base_only": 11},
     ):
         with pytest.raises(DictionaryError):
             Dictionary(D_MODEL, 40, **arguments)
+    with pytest.raises(TypeError, match="prefix"):
+        Dictionary(D_MODEL, 40, k=3, prefix=(10, 40))
     with pytest.raises(ConfigError):
         TrainConfig(batch_size=0)
 

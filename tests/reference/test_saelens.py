@@ -61,7 +61,7 @@ def agree(theirs, ours, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("subtract", [True, False])
-@pytest.mark.parametrize("kind", ["standard", "topk", "topk-rescaled", "jumprelu"])
+@pytest.mark.parametrize("kind", ["standard", "topk", "topk-rescaled", "jumprelu", "gated"])
 def test_their_inference_models_are_read(sae_lens, tmp_path, kind, subtract):
     classes = {
         "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig, {}),
@@ -72,6 +72,7 @@ def test_their_inference_models_are_read(sae_lens, tmp_path, kind, subtract):
             {"k": K, "rescale_acts_by_decoder_norm": True},
         ),
         "jumprelu": (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig, {}),
+        "gated": (sae_lens.GatedSAE, sae_lens.GatedSAEConfig, {}),
     }
     made, config, extra = classes[kind]
     theirs = randomised(made(config(**fields(subtract, metadata=about(sae_lens), **extra))))
@@ -80,33 +81,47 @@ def test_their_inference_models_are_read(sae_lens, tmp_path, kind, subtract):
     agree(theirs, ours)
     assert ours.site == "resid_post.5" and ours.metadata["model"] == "gpt2"
     assert ours.k == (K if kind.startswith("topk") else None)
+    if kind == "topk-rescaled":
+        torch.testing.assert_close(ours.decoder_norms(), torch.ones(LATENTS, 1))
+    again = sae_lens.SAE.load_from_disk(save_saelens(ours, tmp_path / "again"))
+    agree(again, ours)
 
 
 @pytest.mark.parametrize("rescale", [True, False])
-@pytest.mark.parametrize("kind", ["standard", "topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("kind", ["standard", "topk", "batchtopk", "matryoshka", "jumprelu", "gated"])
 def test_their_trained_models_are_read(sae_lens, tmp_path, kind, rescale):
     classes = {
         "standard": (sae_lens.StandardTrainingSAE, sae_lens.StandardTrainingSAEConfig, {}),
         "topk": (sae_lens.TopKTrainingSAE, sae_lens.TopKTrainingSAEConfig, {"k": K}),
         "batchtopk": (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig, {"k": K}),
+        "matryoshka": (
+            sae_lens.MatryoshkaBatchTopKTrainingSAE,
+            sae_lens.MatryoshkaBatchTopKTrainingSAEConfig,
+            {"k": K, "matryoshka_widths": [7, LATENTS]},
+        ),
         "jumprelu": (sae_lens.JumpReLUTrainingSAE, sae_lens.JumpReLUTrainingSAEConfig, {}),
+        "gated": (sae_lens.GatedTrainingSAE, sae_lens.GatedTrainingSAEConfig, {}),
     }
     made, config, extra = classes[kind]
-    if "topk" in kind:
+    if "k" in extra:
         extra = {**extra, "rescale_acts_by_decoder_norm": rescale}
     trained = randomised(made(config(**fields(True, **extra))))
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         trained.topk_threshold.fill_(1.3)
     trained.save_inference_model(tmp_path / "inference")
     theirs = sae_lens.SAE.load_from_disk(tmp_path / "inference")
     ours = load_dictionary(tmp_path / "inference")
     agree(theirs, ours)
-    assert ours.activation == {"standard": "relu", "topk": "topk"}.get(kind, "jumprelu")
+    names = {"standard": "relu", "topk": "topk", "gated": "gated"}
+    assert ours.activation == names.get(kind, "jumprelu")
 
     trained.save_model(tmp_path / "training")
     again = load_dictionary(tmp_path / "training")
     agree(theirs, again)
-    assert again.activation == ("batch_topk" if kind == "batchtopk" else ours.activation)
+    from_batches = kind in ("batchtopk", "matryoshka")
+    assert again.activation == ("batch_topk" if from_batches else ours.activation)
+    if kind == "matryoshka":
+        assert again.prefixes == (7, LATENTS) and again.prefix(7).n_latents == 7
 
 
 @pytest.mark.parametrize("rescale", [True, False])
@@ -150,7 +165,7 @@ def ours_with_random_weights(activation, subtract=True):
 
 
 @pytest.mark.parametrize("subtract", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu"])
+@pytest.mark.parametrize("activation", ["relu", "topk", "batch_topk", "jumprelu", "gated"])
 def test_theirs_reads_what_ours_writes(sae_lens, tmp_path, activation, subtract):
     ours = ours_with_random_weights(activation, subtract)
     theirs = sae_lens.SAE.load_from_disk(save_saelens(ours, tmp_path))
@@ -172,7 +187,8 @@ def test_pairs_and_occupied_folders_are_not_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "gated"}, "gated"),
+        ({"architecture": "transcoder"}, "transcoder"),
+        ({"architecture": "gated"}, "b_gate"),
         ({"architecture": None}, "architecture"),
         ({"normalize_activations": "layer_norm"}, "layer_norm"),
         ({"normalize_activations": "constant_norm_rescale"}, "constant_norm_rescale"),

@@ -17,7 +17,7 @@ from palimpsest.harvest import HarvestConfig, run_harvest
 from palimpsest.models import fingerprint, load_model
 from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 from palimpsest.store import ActivationStore
-from palimpsest.train import TrainSaeConfig, train_sae
+from palimpsest.train import TrainingOptions, TrainSaeConfig, train_sae
 
 BATCH, STEPS = 128, 20
 
@@ -38,7 +38,7 @@ def store(base, text, tmp_path_factory):
 def config(base, text, tmp_path):
     """Training from a model, or from a store where one is given; keywords change single fields."""
 
-    def make(out="dictionary", *, store=None, resume=False, seed=0, recipe=(), **changes):
+    def make(out="dictionary", *, store=None, resume=False, seed=0, recipe=(), training=(), **changes):
         steps = {
             "n_latents": 40,
             "k": 4,
@@ -53,7 +53,7 @@ def config(base, text, tmp_path):
         fields = {
             "site": "resid_post.0",
             "run": RunOptions(out=tmp_path / out, resume=resume, seed=seed),
-            "block_length": 32,
+            "training": TrainingOptions(**({"block_length": 32, "buffer": 0} | dict(training))),
             "recipe": TrainConfig(**(steps | dict(recipe))),
             "models": ModelOptions(tokens_per_batch=100),
         }
@@ -70,7 +70,7 @@ def cut(monkeypatch, step):
     def interrupting(description, total=None, unit="tokens"):
         seen = 0
 
-        def advance(n=1):
+        def advance(n=1, note=""):
             nonlocal seen
             seen += n
             if seen >= step * BATCH:
@@ -124,10 +124,10 @@ def test_training_from_a_model_is_training_on_its_activations(config, base, text
 def test_training_from_a_store_takes_each_row_once_an_epoch(config, store, text, base):
     made = train_sae(config(store=store, seed=2))
     held = ActivationStore(store)
-    epochs = [batch for seed in range(2, 9) for batch in held.batches(BATCH, "resid_post.0", seed=seed)]
+    epochs = list(held.stream("resid_post.0", seed=2, epochs=7))
     assert 3 * held.rows < BATCH * STEPS < 7 * held.rows
     recipe = TrainConfig(**{**vars(config().recipe), "seed": 2})
-    assert same(made, train_dictionary([batch.acts.float() for batch in epochs], recipe))
+    assert same(made, train_dictionary(epochs, recipe))
     about = load_dictionary(config().run.out).metadata
     assert same(made, load_dictionary(config().run.out))
     assert (about["model"], about["site"], about["corpus"]) == (str(base), "resid_post.0", [str(text)])
@@ -173,9 +173,9 @@ def test_nan_activations_stop_the_training(config, base, tiny_tokenizer, tmp_pat
 
 def test_what_cannot_be_trained(config, store, base, text, tmp_path):
     with pytest.raises(ConfigError, match="longer than the model's context.*512.*600"):
-        train_sae(config(block_length=600))
+        train_sae(config(training={"block_length": 600}))
     with pytest.raises(ConfigError, match="at least 2 tokens"):
-        train_sae(config(block_length=0))
+        train_sae(config(training={"block_length": 0}))
     with pytest.raises(SiteError, match="layers run from 0 to 1"):
         train_sae(config(site="resid_post.2"))
     with pytest.raises(ConfigError, match=r"does not hold resid_post\.7.*resid_post\.0, resid_post\.1"):
@@ -187,12 +187,3 @@ def test_what_cannot_be_trained(config, store, base, text, tmp_path):
             TrainSaeConfig(site="resid_post.0", run=run, **source)
     with pytest.raises(ConfigError, match="Found: both"):
         TrainSaeConfig(site="s", run=run, model=str(base), corpus=(str(text),), store=str(store))
-
-
-def test_a_store_of_a_pair_is_no_source(config, base, text, tiny_tokenizer, tmp_path):
-    fields = {"corpus": (str(text),), "site": ("resid_post.0",)}
-    tuned = fine_tune(base, tmp_path / "tuned", tiny_tokenizer)
-    run = RunOptions(out=tmp_path / "pairs")
-    pairs = run_harvest(HarvestConfig(str(base), tuned=str(tuned), run=run, **fields)).path
-    with pytest.raises(ConfigError, match="two models side by side"):
-        train_sae(config(store=pairs))

@@ -69,7 +69,7 @@ def demo(
 
 def _dictionary(pair: Any, folder: Path, seed: int, scale: float) -> Path:
     from palimpsest.dictionaries.config import TrainConfig
-    from palimpsest.train import TrainSaeConfig, train_sae
+    from palimpsest.train import TrainingOptions, TrainSaeConfig, train_sae
 
     recipe = TrainConfig(n_latents=1024, k=16, tokens=max(20_000, round(300_000 * scale)), batch_size=1024)
     train_sae(
@@ -77,7 +77,7 @@ def _dictionary(pair: Any, folder: Path, seed: int, scale: float) -> Path:
             model=str(pair.base),
             corpus=(str(pair.train_text),),
             site=SITE,
-            block_length=128,
+            training=TrainingOptions(block_length=128),
             recipe=recipe,
             run=_run(folder, "dictionary", seed, retrain=bool(pair.trained)),
         )

@@ -1,12 +1,17 @@
 """`palimpsest train`."""
 
-from typing import Annotated
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from palimpsest.cli import VERBS
 from palimpsest.cli.command import Display, emit, say, verb_app
-from palimpsest.train.config import TrainSaeConfig
+from palimpsest.train.config import TrainPairConfig, TrainSaeConfig
+
+if TYPE_CHECKING:
+    from palimpsest.dictionaries import Dictionary
 
 app = verb_app("train", VERBS["train"].capitalize() + ".")
 FLAT = Parameter(name="*")
@@ -15,16 +20,57 @@ FLAT = Parameter(name="*")
 @app.command(name="sae")
 def sae(*, config: Annotated[TrainSaeConfig, FLAT], display: Annotated[Display, FLAT] = Display()) -> None:  # noqa: B008
     """Train a sparse autoencoder of one model's activations at one site."""
-    from palimpsest.train import train_sae
+    _train(config, display)
 
-    dictionary = train_sae(config)
-    described = dictionary.describe()
-    metrics = described["metadata"]["metrics"]
+
+@app.command(name="diff-sae")
+def diff_sae(
+    *,
+    config: Annotated[TrainPairConfig, FLAT],
+    display: Annotated[Display, FLAT] = Display(),  # noqa: B008
+) -> None:
+    """Train a sparse autoencoder of the difference tuned minus base at one site."""
+    _train(replace(config, view="diff"), display)
+
+
+@app.command(name="crosscoder")
+def crosscoder(
+    *,
+    config: Annotated[TrainPairConfig, FLAT],
+    display: Annotated[Display, FLAT] = Display(),  # noqa: B008
+) -> None:
+    """Train a crosscoder of a base and its fine-tune at one site: one code that reads and writes both."""
+    _train(replace(config, view="pair"), display)
+
+
+def _train(config: TrainSaeConfig | TrainPairConfig, display: Display) -> None:
+    from palimpsest.train import train_pair, train_sae, train_variants
+
+    if config.training.variant:
+        made = train_variants(config)
+    else:
+        made = {"": train_sae(config) if isinstance(config, TrainSaeConfig) else train_pair(config)}
+    paths = {name: config.run.out / name for name in made}
+    described = [{"path": str(paths[name])} | one.describe() for name, one in made.items()]
     emit(
         display,
-        {"path": str(config.run.out)} | described,
-        lambda: say(
-            f"{dictionary.n_latents:,} latents at {dictionary.site}: FVE {metrics['fve']:.3f}, L0 {metrics['l0']:.1f}, "
-            f"dead {metrics['dead_share']:.1%}, in {config.run.out}"
-        ),
+        described if config.training.variant else described[0],
+        lambda: _show_all(made, paths),
     )
+
+
+def _show_all(made: "dict[str, Dictionary]", paths: dict[str, Path]) -> None:
+    for name, dictionary in made.items():
+        _show(dictionary, str(paths[name]))
+
+
+def _show(dictionary: "Dictionary", path: str) -> None:
+    about = dictionary.metadata
+    metrics = about["metrics"]
+    say(
+        f"{dictionary.n_latents:,} latents at {dictionary.site}: FVE {metrics['fve']:.3f}, L0 {metrics['l0']:.1f}, "
+        f"dead {metrics['dead_share']:.1%}, in {path}"
+    )
+    for name, value in about.get("evaluation", {}).items():
+        if isinstance(value, float) and ("fve" in name or "recovered" in name):
+            say(f"  held out: {name.replace('_', ' ')} {value:.3f}")

@@ -11,20 +11,27 @@ from palimpsest.lazy import lazy_names
 
 if TYPE_CHECKING:
     from palimpsest.dictionaries.codes import Codes, TopList
-    from palimpsest.dictionaries.config import TrainConfig
+    from palimpsest.dictionaries.config import Objective, Partition, TrainConfig
     from palimpsest.dictionaries.dictionary import Dictionary
     from palimpsest.dictionaries.formats import load_dictionary
     from palimpsest.dictionaries.saelens import save_saelens
-    from palimpsest.dictionaries.train import checkpoint_position, train_dictionary
+    from palimpsest.dictionaries.training.loop import (
+        checkpoint_position,
+        train_dictionaries,
+        train_dictionary,
+    )
 
 __all__ = [
     "Codes",
     "Dictionary",
+    "Objective",
+    "Partition",
     "TopList",
     "TrainConfig",
     "checkpoint_position",
     "load_dictionary",
     "save_saelens",
+    "train_dictionaries",
     "train_dictionary",
 ]
 
@@ -34,9 +41,12 @@ __getattr__ = lazy_names(
         "Codes": "codes",
         "TopList": "codes",
         "Dictionary": "dictionary",
+        "Objective": "config",
+        "Partition": "config",
         "TrainConfig": "config",
-        "checkpoint_position": "train",
-        "train_dictionary": "train",
+        "checkpoint_position": "training.loop",
+        "train_dictionaries": "training.loop",
+        "train_dictionary": "training.loop",
         "load_dictionary": "formats",
         "save_saelens": "saelens",
     },

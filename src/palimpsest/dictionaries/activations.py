@@ -12,8 +12,8 @@ from torch import Tensor
 
 from palimpsest.dictionaries.codes import Codes
 
-ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu")
-"""Every rule that a dictionary can be built with."""
+ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu", "gated")
+"""Every rule that a dictionary can be built with; gated is read and never trained."""
 
 THRESHOLDED = ("batch_topk", "jumprelu")
 """Rules whose inference compares each pre-activation with a threshold per latent."""
@@ -42,6 +42,25 @@ def select(
         values, indices = top_k(pre, int(k))
         return Codes.from_fixed(values, indices, pre.shape[1])
     return above(pre, threshold if activation in THRESHOLDED else None)
+
+
+def gate(
+    pre: Float[Tensor, "tokens latents"],
+    b_gate: Float[Tensor, " latents"],
+    r_mag: Float[Tensor, " latents"],
+    b_mag: Float[Tensor, " latents"],
+) -> Float[Tensor, "tokens latents"]:
+    """The magnitude `pre * e^r_mag + b_mag` where the gate `pre + b_gate` is above 0, else 0.
+
+    Args:
+        pre: Activations times the encoder, without a bias.
+        b_gate: Bias of the gate.
+        r_mag: Logarithm of the magnitude's rescaling of the encoder.
+        b_mag: Bias of the magnitude.
+
+    Source: Rajamanoharan et al., Improving Dictionary Learning with Gated SAEs (https://arxiv.org/abs/2404.16014).
+    """
+    return torch.where(pre + b_gate > 0, torch.addcmul(b_mag, pre, r_mag.exp()), 0)
 
 
 def top_k(

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from palimpsest.dictionaries.activations import ACTIVATIONS, THRESHOLDED, select
+from palimpsest.dictionaries.activations import THRESHOLDED, gate, select
+from palimpsest.dictionaries.checks import VIEWS, check_arguments, check_finite
 from palimpsest.dictionaries.codes import Codes
-from palimpsest.errors import DictionaryError, NumericsError
+from palimpsest.dictionaries.layout import Layout, Options, bind
+from palimpsest.errors import DictionaryError
 
-VIEWS = ("base", "tuned", "diff", "pair")
-"""What a dictionary reads of a pair of models."""
+__all__ = ["TILE_BYTES", "VIEWS", "Dictionary"]
 
 TILE_BYTES = 16 << 20
 """Size of the pre-activations that encoding holds at once; small enough to stay close to the caches."""
@@ -31,9 +31,10 @@ class Dictionary(nn.Module):
     Attributes:
         W_enc: `[models, d_model, latents]`.
         W_dec: `[latents, models, d_model]`.
-        b_enc: `[latents]`.
+        b_enc: `[latents]`; gated has none, but `b_gate`, `r_mag` and `b_mag` of that shape.
         b_dec: `[models, d_model]`.
         threshold: `[latents]` for batch_topk (inference) and jumprelu, else None.
+        prefixes: Sizes of the nested dictionaries of a Matryoshka one, else empty.
         metadata: Plain JSON about its origin: model, revision, site, tokens, corpus, recipe, metrics.
     """
 
@@ -49,34 +50,41 @@ class Dictionary(nn.Module):
         models: int = 1,
         view: str = "base",
         apply_b_dec_to_input: bool = True,
-        metadata: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
     ) -> None:
         """Random unit decoder rows and their transpose as the encoder; biases and thresholds are zero.
 
         Args:
             d_model: Width of the activations.
             n_latents: Number of latents.
-            activation: One of relu, topk, batch_topk, jumprelu.
+            activation: One of relu, topk, batch_topk, jumprelu, gated.
             k: Latents per token: a whole number for topk, an average for batch_topk, else None.
             models: How many models the dictionary reads at once.
             view: base, tuned, diff or pair; pair is the only one that reads two models.
             apply_b_dec_to_input: Subtract `b_dec` before encoding.
-            metadata: Copied.
+            **options: prefixes, base_only, tuned_only, shared and metadata, as `Options` describes them.
 
         Raises:
             DictionaryError: The arguments contradict each other.
         """
         super().__init__()
-        _check_arguments(d_model, n_latents, activation, k, models, view)
+        check_arguments(d_model, n_latents, activation, k, models, view)
+        self.layout = Layout.of(options)
+        self.layout.check(n_latents, activation, models)
         self.d_model, self.n_latents, self.models = d_model, n_latents, models
         self.activation, self.k, self.view = activation, k, view
-        self.apply_b_dec_to_input = apply_b_dec_to_input
-        self.metadata: dict[str, Any] = dict(metadata or {})
-        directions = F.normalize(torch.randn(n_latents, models * d_model), dim=1)
+        self.apply_b_dec_to_input, self.prefixes = apply_b_dec_to_input, self.layout.prefixes
+        self.metadata: dict[str, Any] = dict(options.get("metadata") or {})
+        rows = torch.randn(n_latents, models, d_model)
+        bind(rows, self.partition)
+        directions = F.normalize(rows.view(n_latents, -1), dim=1)
         self.W_dec = nn.Parameter(directions.view(n_latents, models, d_model))
         self.W_enc = nn.Parameter(directions.T.contiguous().view(models, d_model, n_latents))
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.b_dec = nn.Parameter(torch.zeros(models, d_model))
+        if activation == "gated":
+            self.b_gate, self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(n_latents)) for _ in range(3))
+        else:
+            self.b_enc = nn.Parameter(torch.zeros(n_latents))
         if activation == "jumprelu":
             self.threshold = nn.Parameter(torch.zeros(n_latents))
         else:
@@ -94,9 +102,10 @@ class Dictionary(nn.Module):
         seed: int = 0,
     ) -> Dictionary:
         """A control: random unit directions, encoder = decoder transposed, top-k around `mean`."""
-        generator = torch.Generator().manual_seed(seed)
-        directions = F.normalize(torch.randn(n_latents, d_model, generator=generator), dim=1)
-        return cls._tied(directions, mean, k, recipe=f"random directions, seed {seed}")
+        from palimpsest.dictionaries.tied import random_directions, tied
+
+        directions = random_directions(n_latents, d_model, seed)
+        return tied(directions, k, mean=mean, recipe=f"random directions, seed {seed}")
 
     @classmethod
     def basis(
@@ -110,20 +119,9 @@ class Dictionary(nn.Module):
             k: Latents per token.
             mean: Subtracted before reading and added after writing; zero when absent.
         """
-        return cls._tied(torch.cat([directions, -directions]), mean, k, recipe="signed basis")
+        from palimpsest.dictionaries.tied import tied
 
-    @classmethod
-    def _tied(cls, directions: Tensor, mean: Tensor | None, k: int, recipe: str) -> Dictionary:
-        n_latents, d_model = directions.shape
-        with torch.device("meta"):
-            made = cls(d_model, n_latents, activation="topk", k=k, metadata={"recipe": recipe})
-        made = made.to_empty(device=directions.device).to(directions.dtype)
-        with torch.no_grad():
-            made.W_dec.copy_(directions[:, None])
-            made.W_enc.copy_(directions.T[None])
-            made.b_enc.zero_()
-            made.b_dec.zero_() if mean is None else made.b_dec.copy_(mean[None])
-        return made.requires_grad_(False).eval()
+        return tied(torch.cat([directions, -directions]), k, mean=mean, recipe="signed basis")
 
     @property
     def site(self) -> str | None:
@@ -140,6 +138,15 @@ class Dictionary(nn.Module):
         """Where the weights are."""
         return self.W_enc.device
 
+    @property
+    def partition(self) -> dict[str, range]:
+        """Latents by what they are bound to: base_only, tuned_only, shared and free; mostly all are free."""
+        return self.layout.partition(self.n_latents)
+
+    def decoder_norms(self) -> Float[Tensor, "latents models"]:
+        """Length of each latent's decoder row in each model."""
+        return self.W_dec.norm(dim=2)
+
     def describe(self) -> dict[str, Any]:
         """What it is, as plain values for a manifest or a table."""
         return {
@@ -150,6 +157,7 @@ class Dictionary(nn.Module):
             "models": self.models,
             "view": self.view,
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            **self.layout.describe(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "metadata": self.metadata,
         }
@@ -192,21 +200,22 @@ class Dictionary(nn.Module):
             NumericsError: `x` holds NaN or infinity; names the first such row.
         """
         flat = self.flatten_input(x)
-        _check_finite(flat)
+        check_finite(flat)
         tile = max(1, TILE_BYTES // (self.n_latents * self.W_enc.element_size()))
         keep_graph = torch.is_grad_enabled() and (flat.requires_grad or self.W_enc.requires_grad)
-        scratch = None if keep_graph else self.b_enc.new_empty(min(tile, flat.shape[0]), self.n_latents)
-        parts = [self._encode_tile(rows, scratch) for rows in flat.split(tile)]
+        scratch = None if keep_graph else self.W_enc.new_empty(min(tile, flat.shape[0]), self.n_latents)
+        parts = []
+        for rows in flat.split(tile):
+            pre = self.pre_activations(rows, None if scratch is None else scratch[: rows.shape[0]])
+            parts.append(select(pre, self.activation, k=self.k, threshold=self.threshold))
         return Codes.concatenate(parts)
-
-    def _encode_tile(self, rows: Tensor, scratch: Tensor | None) -> Codes:
-        pre = self.pre_activations(rows, None if scratch is None else scratch[: rows.shape[0]])
-        return select(pre, self.activation, k=self.k, threshold=self.threshold)
 
     def pre_activations(
         self, flat: Float[Tensor, "tokens features"], out: Tensor | None = None
     ) -> Float[Tensor, "tokens latents"]:
         """What the selection rule sees, for activations joined by `flatten_input`; one matrix product.
+
+        For gated it is the magnitude where the gate is open and 0 elsewhere.
 
         The bias is subtracted from the activations, before the cast, and not folded into `b_enc`: that costs
         one pass over `x` (under 1 % of the product) and keeps its precision when the weights are bfloat16.
@@ -215,6 +224,8 @@ class Dictionary(nn.Module):
             flat = flat - self.b_dec.view(-1)
         weight = self.W_enc.view(self.models * self.d_model, self.n_latents)
         flat = flat.to(weight.dtype)
+        if self.activation == "gated":
+            return gate(flat @ weight, self.b_gate, self.r_mag, self.b_mag)
         if out is None:
             return torch.addmm(self.b_enc, flat, weight)
         with torch.no_grad():
@@ -260,6 +271,22 @@ class Dictionary(nn.Module):
         codes = self.encode(x)
         return self.decode(codes).view(x.shape), codes
 
+    def prefix(self, n_latents: int) -> Dictionary:
+        """The nested dictionary of the first latents; batch_topk keeps its threshold, topk at most k of them.
+
+        Args:
+            n_latents: One of `prefixes`.
+
+        Returns:
+            A dictionary for inference, which shares what memory it can.
+
+        Raises:
+            DictionaryError: This dictionary was not trained to be cut there.
+        """
+        from palimpsest.dictionaries.native import first_latents
+
+        return first_latents(self, n_latents)
+
     def save_pretrained(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the native format; see `palimpsest.dictionaries.native.save`."""
         from palimpsest.dictionaries.native import save
@@ -285,52 +312,3 @@ class Dictionary(nn.Module):
         from palimpsest.dictionaries.native import push
 
         return push(self, repo_id, private=private, token=token)
-
-
-def _check_arguments(
-    d_model: int, n_latents: int, activation: str, k: int | float | None, models: int, view: str
-) -> None:
-    """Refuse dimensions and rules that contradict each other."""
-    if activation not in ACTIVATIONS:
-        raise DictionaryError("Unknown activation", expected=", ".join(ACTIVATIONS), found=activation)
-    if view not in VIEWS:
-        raise DictionaryError("Unknown view", expected=", ".join(VIEWS), found=view)
-    if min(d_model, n_latents, models) < 1:
-        raise DictionaryError(
-            "A dictionary needs at least one latent, one model and one dimension",
-            found=f"d_model={d_model}, n_latents={n_latents}, models={models}",
-        )
-    if (view == "pair") != (models > 1):
-        raise DictionaryError(
-            f"The {view} view does not read {models} activations",
-            expected="models=2 or more for pair" if view == "pair" else "models=1",
-            found=f"models={models}",
-        )
-    if activation not in ("topk", "batch_topk"):
-        return
-    if k is None or k <= 0 or (activation == "topk" and int(k) != k):
-        what = "a whole number above 0" if activation == "topk" else "a number above 0"
-        raise DictionaryError(f"{activation} needs k, the latents per token", expected=what, found=k)
-    if k > n_latents:
-        raise DictionaryError(
-            "k is larger than the number of latents",
-            expected=f"k of at most {n_latents}",
-            found=k,
-            fix="Lower k or train a dictionary with more latents",
-        )
-
-
-def _check_finite(flat: Tensor) -> None:
-    """Refuse NaN and infinity, naming the first row that has one."""
-    # The sum is not finite when any entry is not; only then is it worth looking for the row.
-    if torch.isfinite(flat.sum(dtype=torch.float64 if flat.device.type != "mps" else None)):
-        return
-    bad = (~torch.isfinite(flat)).any(dim=1).nonzero().squeeze(1)
-    if bad.numel() == 0:
-        return
-    raise NumericsError(
-        f"The activations hold NaN or infinity in {bad.numel()} of {flat.shape[0]} rows",
-        expected="finite numbers",
-        found=f"the first such token is row {int(bad[0])}",
-        fix="Run the model in float32 or bfloat16 instead of float16, and check its weights",
-    )

@@ -14,6 +14,7 @@ from torch import Tensor
 from palimpsest.artifacts import RunFolder, open_artifact
 from palimpsest.dictionaries.activations import THRESHOLDED
 from palimpsest.dictionaries.dictionary import Dictionary
+from palimpsest.dictionaries.layout import check_bound
 from palimpsest.dictionaries.tensors import check_shapes, common_dtype, read_config, read_tensors
 from palimpsest.errors import ArtifactError, DictionaryError
 
@@ -23,7 +24,16 @@ SCHEMA = 1
 
 CONFIG_FILE = "dictionary.json"
 WEIGHTS_FILE = "dictionary.safetensors"
-_FIELDS = ("d_model", "n_latents", "activation", "k", "models", "view", "apply_b_dec_to_input")
+_REQUIRED = ("d_model", "n_latents", "activation", "k", "models", "view", "apply_b_dec_to_input")
+FIELDS = (*_REQUIRED, "prefixes", "base_only", "tuned_only", "shared")
+"""Arguments of a dictionary that its file keeps; those after the first seven only where they are set."""
+
+
+def own_vectors(activation: str) -> tuple[str, ...]:
+    """Names of the tensors `[latents]` that an activation has."""
+    if activation == "gated":
+        return ("b_gate", "r_mag", "b_mag")
+    return ("b_enc", "threshold") if activation in THRESHOLDED else ("b_enc",)
 
 
 def build(
@@ -37,8 +47,9 @@ def build(
     """Make a dictionary around existing weights, without copying those that already have the dtype.
 
     Args:
-        fields: d_model, n_latents, activation, k, models, view, apply_b_dec_to_input.
-        weights: W_enc, W_dec, b_enc, b_dec and, where the activation has one, threshold; in our layout.
+        fields: Arguments of `Dictionary`, as in `FIELDS`.
+        weights: W_enc, W_dec, b_enc (gated: b_gate, r_mag, b_mag), b_dec and, where the activation has one,
+            threshold; in our layout.
         source: Named in errors.
         metadata: Origin of the dictionary.
         dtype: Of the weights; as stored when absent.
@@ -47,24 +58,48 @@ def build(
         The dictionary, for inference: no gradients.
 
     Raises:
-        DictionaryError: Shapes contradict the fields, or the fields one another.
+        DictionaryError: Shapes contradict the fields, the fields one another, or the weights their partition.
     """
-    d_model, n_latents, models = fields["d_model"], fields["n_latents"], fields["models"]
     with torch.device("meta"):
         made = Dictionary(**dict(fields), metadata=metadata)
+    d_model, n_latents, models = made.d_model, made.n_latents, made.models
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (models, d_model, n_latents),
         "W_dec": (n_latents, models, d_model),
-        "b_enc": (n_latents,),
         "b_dec": (models, d_model),
     }
-    if fields["activation"] in THRESHOLDED:
-        shapes["threshold"] = (n_latents,)
-    check_shapes(weights, shapes, source)
+    check_shapes(weights, shapes | {name: (n_latents,) for name in own_vectors(made.activation)}, source)
+    check_bound(weights, made.partition, source)
     chosen = common_dtype(weights, dtype)
     state = {name: tensor.to(chosen).contiguous() for name, tensor in weights.items()}
     made.load_state_dict(state, assign=True)
     return made.requires_grad_(False).eval()
+
+
+def first_latents(dictionary: Dictionary, n_latents: int) -> Dictionary:
+    """One of the nested dictionaries of a Matryoshka one; see `Dictionary.prefix`.
+
+    Raises:
+        DictionaryError: There is no prefix of that size.
+    """
+    if n_latents not in dictionary.prefixes:
+        raise DictionaryError(
+            f"The dictionary has no prefix of {n_latents} latents",
+            expected=", ".join(map(str, dictionary.prefixes)) or "one that was trained with prefixes",
+            found=n_latents,
+        )
+    described = dictionary.describe()
+    fields = {name: described[name] for name in _REQUIRED} | dictionary.layout.first(n_latents).describe()
+    fields |= {"n_latents": n_latents, "k": min(fields["k"], n_latents)}
+    weights = {
+        name: tensor
+        if name == "b_dec"
+        else tensor[..., :n_latents]
+        if name == "W_enc"
+        else tensor[:n_latents]
+        for name, tensor in dictionary.state_dict().items()
+    }
+    return build(fields, weights, f"the prefix of {n_latents} latents", metadata=dictionary.metadata)
 
 
 def save(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -111,10 +146,10 @@ def read(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | No
             found=config.get("schema"),
             fix="Upgrade palimpsest",
         )
-    missing = [name for name in _FIELDS if name not in config]
+    missing = [name for name in _REQUIRED if name not in config]
     if missing:
         raise DictionaryError(f"{path / CONFIG_FILE} lacks {', '.join(missing)}")
-    fields = {name: config[name] for name in _FIELDS}
+    fields = {name: config[name] for name in FIELDS if name in config}
     weights = read_tensors(path / WEIGHTS_FILE, device)
     return build(fields, weights, path, metadata=config.get("metadata"), dtype=dtype)
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from palimpsest.artifacts import disk
 from palimpsest.dictionaries.dictionary import Dictionary
-from palimpsest.dictionaries.native import build
+from palimpsest.dictionaries.fold import fold, fold_scale
+from palimpsest.dictionaries.native import build, own_vectors
 from palimpsest.dictionaries.tensors import check_shapes, read_config, read_tensors
 from palimpsest.errors import ArtifactError, DictionaryError
 
@@ -24,7 +25,14 @@ CONFIG_FILE = "cfg.json"
 WEIGHTS_FILE = "sae_weights.safetensors"
 SCALER_FILE = "activation_scaler.json"
 
-ARCHITECTURES = {"standard": "relu", "topk": "topk", "batchtopk": "batch_topk", "jumprelu": "jumprelu"}
+ARCHITECTURES = {
+    "standard": "relu",
+    "topk": "topk",
+    "batchtopk": "batch_topk",
+    "matryoshka_batchtopk": "batch_topk",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+}
 """SAELens' name of an architecture: ours of the activation."""
 
 # Block-level hooks are what the sublayer adds to the residual stream, after its output norm where there is
@@ -41,7 +49,14 @@ HOOKS = {
 }
 """TransformerLens' name of a hook inside a block: our name of the site."""
 
-_WRITES = {"relu": "standard", "topk": "topk", "batch_topk": "jumprelu", "jumprelu": "jumprelu"}
+_WRITES = {
+    "relu": "standard",
+    "topk": "topk",
+    "batch_topk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "gated": "gated",
+}
+_RESCALED = ("topk", "batchtopk", "matryoshka_batchtopk")
 _KEPT = ("context_size", "prepend_bos", "dataset_path", "neuronpedia_id", "hook_head_index", "hf_hook_name")
 
 
@@ -74,22 +89,29 @@ def read(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype | No
     architecture = _architecture(config, path)
     weights = read_tensors(path / WEIGHTS_FILE, device)
     d_model, n_latents = _size(config, "d_in", path), _size(config, "d_sae", path)
-    if architecture == "batchtopk" and "topk_threshold" in weights:
-        scalar = weights.pop("topk_threshold")
-        weights["threshold"] = scalar.to(weights["W_enc"].dtype).expand(n_latents)
-    _require(weights, d_model, n_latents, architecture, path)
-    weights = _fold(weights, config, path)
+    if (running := weights.pop("topk_threshold", None)) is not None:
+        weights["threshold"] = running.to(weights["W_enc"].dtype).expand(n_latents)
+    activation = ARCHITECTURES[architecture]
+    _require(weights, d_model, n_latents, activation, path)
     weights["W_enc"], weights["W_dec"] = weights["W_enc"][None], weights["W_dec"][:, None]
     weights["b_dec"] = weights["b_dec"][None]
     fields = {
         "d_model": d_model,
         "n_latents": n_latents,
-        "activation": ARCHITECTURES[architecture],
-        "k": config.get("k") if architecture in ("topk", "batchtopk") else None,
+        "activation": activation,
+        "k": config.get("k") if architecture in _RESCALED else None,
         "models": 1,
         "view": "base",
         "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True)),
+        "prefixes": tuple(config.get("matryoshka_widths") or ()),
     }
+    scale = _input_scale(config, path)
+    if architecture in _RESCALED and config.get("rescale_acts_by_decoder_norm", False):
+        if running is not None:
+            weights["threshold"] = running
+        weights = fold(fields, weights, scale=scale)
+    elif scale is not None:
+        weights = fold_scale(weights, scale)
     return build(fields, weights, path, metadata=_metadata(config), dtype=dtype)
 
 
@@ -133,40 +155,27 @@ def _size(config: Mapping[str, Any], key: str, path: Path) -> int:
 
 
 def _require(
-    weights: Mapping[str, Tensor], d_model: int, n_latents: int, architecture: str, path: Path
+    weights: Mapping[str, Tensor], d_model: int, n_latents: int, activation: str, path: Path
 ) -> None:
     """Check SAELens' own shapes first, so that an error shows what is in the file."""
     shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_model, n_latents),
         "W_dec": (n_latents, d_model),
-        "b_enc": (n_latents,),
         "b_dec": (d_model,),
     }
-    if architecture in ("jumprelu", "batchtopk"):
-        shapes["threshold"] = (n_latents,)
-    check_shapes(weights, shapes, path)
+    check_shapes(weights, shapes | {name: (n_latents,) for name in own_vectors(activation)}, path)
 
 
-def _fold(weights: dict[str, Tensor], config: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """Fold the input scale and the decoder norms, in SAELens' order."""
-    by_norm = bool(config.get("rescale_acts_by_decoder_norm", False))
-    if config.get("normalize_activations", "none") == "expected_average_only_in":
-        scale = read_config(path / SCALER_FILE).get("scaling_factor")
-        if not isinstance(scale, int | float) or not scale > 0:
-            raise DictionaryError(
-                f"{path / SCALER_FILE} gives no scale", expected="a number above 0", found=scale
-            )
-        weights["W_enc"] = weights["W_enc"] * scale
-        weights["W_dec"] = weights["W_dec"] / scale
-        weights["b_dec"] = weights["b_dec"] / scale
-        if by_norm and "threshold" in weights:
-            weights["threshold"] = weights["threshold"] / scale
-    if by_norm:
-        norm = weights["W_dec"].norm(dim=1).clamp(min=1e-8)
-        weights["W_dec"] = weights["W_dec"] / norm[:, None]
-        weights["W_enc"] = weights["W_enc"] * norm
-        weights["b_enc"] = weights["b_enc"] * norm
-    return weights
+def _input_scale(config: Mapping[str, Any], path: Path) -> Tensor | None:
+    """What their training multiplied activations by, where it was saved beside the weights."""
+    if config.get("normalize_activations", "none") != "expected_average_only_in":
+        return None
+    scale = read_config(path / SCALER_FILE).get("scaling_factor")
+    if not isinstance(scale, int | float) or not scale > 0:
+        raise DictionaryError(
+            f"{path / SCALER_FILE} gives no scale", expected="a number above 0", found=scale
+        )
+    return torch.tensor([scale], dtype=torch.float64)
 
 
 def _metadata(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,11 +211,9 @@ def save_saelens(dictionary: Dictionary, path: str | Path, *, overwrite: bool = 
     tensors = {
         "W_enc": dictionary.W_enc[0],
         "W_dec": dictionary.W_dec[:, 0],
-        "b_enc": dictionary.b_enc,
         "b_dec": dictionary.b_dec[0],
+        **{name: getattr(dictionary, name) for name in own_vectors(dictionary.activation)},
     }
-    if architecture == "jumprelu" and dictionary.threshold is not None:
-        tensors["threshold"] = dictionary.threshold
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

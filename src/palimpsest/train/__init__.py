@@ -1,13 +1,20 @@
-"""Training a dictionary on a model's activations, streamed from the model or read from a store."""
+"""Training dictionaries on activations of a model or a pair, streamed from the models or read from a store."""
 
 from typing import TYPE_CHECKING
 
 from palimpsest.lazy import lazy_names
-from palimpsest.train.config import TrainSaeConfig
+from palimpsest.train.config import TrainingOptions, TrainPairConfig, TrainSaeConfig
 
 if TYPE_CHECKING:
-    from palimpsest.train.run import train_sae
+    from palimpsest.train.run import train_pair, train_sae, train_variants
 
-__all__ = ["TrainSaeConfig", "train_sae"]
+__all__ = [
+    "TrainPairConfig",
+    "TrainSaeConfig",
+    "TrainingOptions",
+    "train_pair",
+    "train_sae",
+    "train_variants",
+]
 
-__getattr__ = lazy_names(__name__, {"train_sae": "run"})
+__getattr__ = lazy_names(__name__, {"train_pair": "run", "train_sae": "run", "train_variants": "run"})

@@ -1,54 +1,87 @@
 """Dictionary training as a stage: a config in, a dictionary folder out."""
 
-import itertools
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from palimpsest.artifacts import RunFolder, check_claim, input_entry, open_artifact
-from palimpsest.corpus import Corpus, TokenBatch
-from palimpsest.dictionaries import Dictionary, checkpoint_position, load_dictionary, train_dictionary
+from palimpsest.artifacts import RunFolder, check_claim
+from palimpsest.buffer import ShuffleBuffer, buffer_capacity, prefetch
+from palimpsest.corpus import Corpus
+from palimpsest.dictionaries import (
+    Dictionary,
+    TrainConfig,
+    checkpoint_position,
+    load_dictionary,
+    native,
+    train_dictionaries,
+    train_dictionary,
+)
+from palimpsest.dictionaries.training.loop import SEVERAL
 from palimpsest.errors import ConfigError
-from palimpsest.harvest.stream import activations, kept_places
+from palimpsest.evaluate import evaluate_dictionary, evaluation_batches
 from palimpsest.log import progress
-from palimpsest.models import fingerprint, load_model
+from palimpsest.models import ModelPair
 from palimpsest.options import config_dict
-from palimpsest.store import ActivationStore
-from palimpsest.train.config import TrainSaeConfig
+from palimpsest.train.config import TrainPairConfig, TrainSaeConfig, variants
+from palimpsest.train.source import ActivationSource, Stream, open_source
+from palimpsest.train.tracking import Tracks
 
-LOG = "training.jsonl"
-"""The figures of every reported step, one per line."""
+EVALUATION = "evaluation.json"
 
-Stream = Iterator[Float[Tensor, "tokens models d_model"]]
-
-
-class _Source(NamedTuple):
-    """Where activations come from: `stream(position)` starts after that many tokens."""
-
-    stream: Callable[[int], Stream]
-    inputs: dict[str, Any]
-    metadata: dict[str, Any]
-    device: str
+BUFFER_SHARE = 16
+"""The shuffle buffer holds at most this part of the run: what it holds at the end was read for nothing."""
 
 
 def train_sae(config: TrainSaeConfig) -> Dictionary:
-    """Train a sparse autoencoder and save it, with its origin and its metrics, to `config.run.out`.
+    """Train a sparse autoencoder of one model and save it, with its origin and its metrics, to `config.run.out`.
 
     Raises:
         PalimpsestError: Bad input, or NaN in the activations. An interrupted run continues with `resume`
             from its last checkpoint and gives the same weights as an uninterrupted one.
     """
+    return _only(config)
+
+
+def train_pair(config: TrainPairConfig) -> Dictionary:
+    """Train a diff-SAE or a crosscoder of a pair; saves and raises as `train_sae`."""
+    return _only(config)
+
+
+def train_variants(config: TrainSaeConfig | TrainPairConfig) -> dict[str, Dictionary]:
+    """Train all of `config.training.variant` on one stream; each goes to a folder of its name in `config.run.out`.
+
+    Raises:
+        PalimpsestError: As `train_sae`; or there are no variants.
+    """
+    if not config.training.variant:
+        raise ConfigError(
+            "There are no variants to train", expected="training.variant, as in ('k=16', 'k=64')"
+        )
+    return _train(config)
+
+
+def _only(config: TrainSaeConfig | TrainPairConfig) -> Dictionary:
+    if config.training.variant:
+        raise ConfigError("This call trains one dictionary", fix="Call train_variants for several")
+    return _train(config)[""]
+
+
+def _train(config: TrainSaeConfig | TrainPairConfig) -> dict[str, Dictionary]:
+    """Dictionaries by the name of their variant; without variants the one dictionary, under no name."""
     check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
-    source = _from_store(config) if config.store is not None else _from_model(config)
-    recipe = replace(config.recipe, seed=config.run.seed, device=source.device)
+    variants(config.recipe, config.training.variant)
+    source = open_source(config)
+    view = config.side if isinstance(config, TrainSaeConfig) else "diff" if config.view == "diff" else "base"
+    recipe = replace(config.recipe, seed=config.run.seed, device=source.device, view=view)
+    if config.training.expansion is not None:
+        recipe = replace(recipe, n_latents=config.training.expansion * source.width)
+    recipes = variants(recipe, config.training.variant) or {"": recipe}
     with RunFolder(
         config.run.out,
-        stage="dictionary",
+        stage=native.STAGE if "" in recipes else SEVERAL,
         config=config_dict(replace(config, recipe=recipe)),
         inputs=source.inputs,
         seed=config.run.seed,
@@ -57,113 +90,112 @@ def train_sae(config: TrainSaeConfig) -> Dictionary:
         overwrite=config.run.overwrite,
     ) as run:
         if run.already_complete:
-            return load_dictionary(config.run.out)
-        start = checkpoint_position(config.run.out)
-        _cut_log(run, start)
-        with (
-            progress(f"training on {config.site}", recipe.tokens) as advance,
-            run.file(LOG).open("a", encoding="utf-8") as lines,
-        ):
+            return {name: load_dictionary(config.run.out / name) for name in recipes}
+        made = _run_training(config, source, recipes, run)
+        evaluations = {name: _evaluate(config, source, one) for name, one in made.items()}
+        for name, dictionary in made.items():
+            _write(run, name, dictionary, evaluations[name])
+        run.finish()
+    if config.training.push is not None:
+        native.push(made[""], config.training.push)
+    return made
+
+
+def _run_training(
+    config: TrainSaeConfig | TrainPairConfig,
+    source: ActivationSource,
+    recipes: Mapping[str, TrainConfig],
+    run: RunFolder,
+) -> dict[str, Dictionary]:
+    recipe = next(iter(recipes.values()))
+    start = checkpoint_position(run.path)
+    tracks = Tracks(run, start, config.training.track, config_dict(config))
+    stream, close = _stream(config, source, recipe, start)
+    try:
+        with progress(f"training on {config.site}", recipe.tokens) as advance:
             advance(start)
             seen = start
 
             def on_step(figures: Mapping[str, Any]) -> None:
                 nonlocal seen
-                advance(figures["tokens"] - seen)
+                advance(figures["tokens"] - seen, note=note(figures))
                 seen = figures["tokens"]
-                lines.write(json.dumps(dict(figures)) + "\n")
-                lines.flush()
+                tracks.add(figures)
 
-            stream = source.stream(start)
-            try:
-                return train_dictionary(stream, recipe, out=run, on_step=on_step, metadata=source.metadata)
-            finally:
-                stream.close()  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _cut_log(run: RunFolder, start: int) -> None:
-    """Leave out the steps behind the checkpoint, which are taken again, and a line that was cut short."""
-    path = run.file(LOG)
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["tokens"] <= start]
-    run.write_bytes(LOG, "".join(kept).encode())
+            if "" in recipes:
+                made = {
+                    "": train_dictionary(stream, recipe, out=run, on_step=on_step, metadata=source.metadata)
+                }
+            else:
+                made = train_dictionaries(stream, recipes, out=run, on_step=on_step, metadata=source.metadata)
+        tracks.write_table()
+        return made
+    finally:
+        tracks.close()
+        close()
 
 
-def _from_model(config: TrainSaeConfig) -> _Source:
-    assert config.model is not None
-    model = load_model(config.model, config.models)
-    site = model.sites.canonical(config.site)
-    model.sites.tap(site)
-    limit = model.context
-    if limit is not None and config.block_length > limit:
-        raise ConfigError(
-            "The blocks are longer than the model's context",
-            expected=f"at most {limit} tokens",
-            found=config.block_length,
-        )
-    corpus = Corpus(list(config.corpus), model.tokenizer, options=config.corpora)
-    # Said now, before a folder is made: a corpus without a document, or whose first row is bad.
-    next(corpus.documents())
-    batch_size = max(1, config.models.tokens_per_batch // config.block_length)
-
-    def stream(position: int) -> Stream:
-        blocks = corpus.blocks(config.block_length, batch_size=batch_size, epochs=None)
-        batches, drop = _after(blocks, position)
-        for acts in activations(model, batches, site):
-            yield acts[drop:]
-            drop = 0
-
-    metadata = {
-        "model": config.model,
-        "revision": config.models.revision,
-        "site": site,
-        "corpus": list(config.corpus),
-    }
-    inputs = {"corpus": corpus.fingerprint(), "model": {"path": config.model, "sha256": fingerprint(model)}}
-    return _Source(stream, inputs, metadata, str(model.device))
+def note(figures: Mapping[str, Any]) -> str:
+    """The figures of a step in one line."""
+    names = {"name": "", "loss": "loss", "fve": "FVE", "fve_base": "base", "fve_tuned": "tuned", "l0": "L0"}
+    shown = [
+        f"{label} {value:.3g}" if isinstance(value := figures[key], float) else str(value)
+        for key, label in names.items()
+        if key in figures
+    ]
+    return " ".join([*shown, f"dead {figures['dead_share']:.1%}"]).strip()
 
 
-def _after(blocks: Iterable[TokenBatch], position: int) -> tuple[Iterator[TokenBatch], int]:
-    """Skip `position` measured tokens; returns the batches that follow and how many tokens of their first to drop."""
-    blocks = iter(blocks)
-    while position > 0:
-        batch = next(blocks)
-        tokens = len(kept_places(batch)[0])
-        if tokens > position:
-            return itertools.chain([batch], blocks), position
-        position -= tokens
-    return blocks, 0
+def _stream(
+    config: TrainSaeConfig | TrainPairConfig, source: ActivationSource, recipe: TrainConfig, start: int
+) -> tuple[Iterable[Tensor], Any]:
+    """The batches of a run, and what closes them: mixed in a buffer, or as they come where that is asked for."""
+    on_gpu = torch.device(recipe.device).type == "cuda"
+
+    def ahead(position: int) -> Stream:
+        # A model on the CPU works on the same cores as the trainer: reading ahead would only fight it.
+        stream = source.stream(position)
+        return prefetch(stream) if source.from_disk or on_gpu else stream
+
+    if config.training.buffer == 0:
+        stream = source.stream(start)
+        return stream, stream.close  # pyright: ignore[reportAttributeAccessIssue]
+    dtype = torch.bfloat16 if config.training.buffer_dtype == "bfloat16" else torch.float32
+    capacity = config.training.buffer or min(
+        buffer_capacity(recipe.batch_size, source.models, source.width, dtype), recipe.tokens // BUFFER_SHARE
+    )
+    buffer = ShuffleBuffer(
+        ahead,
+        capacity=max(capacity, 2 * recipe.batch_size),
+        batch_size=recipe.batch_size,
+        seed=config.run.seed,
+        device=recipe.device,
+        dtype=dtype,
+        drop_last=True,
+    )
+    return buffer, buffer.close
 
 
-def _from_store(config: TrainSaeConfig) -> _Source:
-    assert config.store is not None
-    store = ActivationStore(config.store)
-    if config.site not in store.sites:
-        raise ConfigError(
-            f"{config.store} does not hold {config.site}", expected=", ".join(store.sites), found=config.site
-        )
-    if len(store.models) != 1:
-        raise ConfigError(
-            f"{config.store} holds two models side by side",
-            expected="a store of one model",
-            fix="Harvest the base alone, without --tuned",
-        )
+def _evaluate(
+    config: TrainSaeConfig | TrainPairConfig, source: ActivationSource, dictionary: Dictionary
+) -> dict[str, Any] | None:
+    """Figures on held-out text, also put into the dictionary's metadata; None when there is no such text."""
+    if not config.training.eval_corpus or source.live is None:
+        return None
+    model = source.live.base if isinstance(source.live, ModelPair) else source.live
+    corpus = Corpus(list(config.training.eval_corpus), model.tokenizer, options=config.corpora)
+    batches = evaluation_batches(corpus, config.training.eval_tokens, config.models.tokens_per_batch)
+    found = evaluate_dictionary(dictionary, source.live, batches, seed=config.run.seed)
+    dictionary.metadata["evaluation"] = found.metrics | {"corpus": list(config.training.eval_corpus)}
+    return found.to_dict()
 
-    def stream(position: int) -> Stream:
-        for epoch in itertools.count():
-            for batch in store.batches(config.recipe.batch_size, config.site, seed=config.run.seed + epoch):
-                acts = batch.acts.float()
-                if position >= len(acts):
-                    position -= len(acts)
-                    continue
-                yield acts[position:]
-                position = 0
 
-    manifest = open_artifact(config.store, stage="store", verify=False).manifest
-    metadata = {
-        "model": manifest["config"].get("base"),
-        "site": config.site,
-        "corpus": manifest["config"].get("corpus"),
-    }
-    device = config.models.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _Source(stream, {"store": input_entry(config.store)}, metadata, device)
+def _write(run: RunFolder, name: str, dictionary: Dictionary, evaluation: dict[str, Any] | None) -> None:
+    if not name:
+        native.write_files(run, dictionary)
+        if evaluation is not None:
+            run.write_json(EVALUATION, evaluation)
+        return
+    native.save(dictionary, run.path / name, overwrite=True)
+    if evaluation is not None:
+        run.write_json(f"{name}-{EVALUATION}", evaluation)
