@@ -9,11 +9,17 @@ from cyclopts import Parameter
 from helpers import python_source
 from palimpsest.audit.config import AuditConfig
 from palimpsest.cli import VERBS, main
+from palimpsest.evaluate.config import EvaluateConfig
 from palimpsest.harvest.config import HarvestConfig
 from palimpsest.train.config import TrainSaeConfig
 
 HEAVY = ("torch", "transformers", "cyclopts", "rich", "numpy", "pyarrow", "scipy", "jinja2")
-CONFIGS = {("audit",): AuditConfig, ("harvest",): HarvestConfig, ("train", "sae"): TrainSaeConfig}
+CONFIGS = {
+    ("audit",): AuditConfig,
+    ("evaluate",): EvaluateConfig,
+    ("harvest",): HarvestConfig,
+    ("train", "sae"): TrainSaeConfig,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +118,8 @@ def test_unknown_flag_suggests(arguments, near, capsys):
         (["audit", "base"], "--tuned"),
         (["audit", "base", "tuned"], "--out"),
         (["harvest", "base"], "--corpus"),
+        (["evaluate"], "--dictionary"),
+        (["evaluate", "sae", "--model", "base"], "--corpus"),
         (["train", "sae"], "--site"),
         (["train"], "palimpsest train sae"),
         (["report"], "--run"),

@@ -161,10 +161,13 @@ def test_a_sparse_step_is_the_dense_one(case, models):
             torch.testing.assert_close(found[tensor], expected[tensor], atol=1e-7, rtol=1e-6)
 
 
-def test_relu_is_the_same_on_entries_and_on_dense_matrices():
-    config = CASES["relu"]
+@pytest.mark.parametrize("case", ["relu", "jumprelu", "jumprelu l1"])
+def test_entries_give_what_dense_matrices_give(case):
+    config = CASES[case]
     weights, x = random_weights(config, 2), data(2)
-    sparse, dense = (forward(weights, x, config, plan(density=d)) for d in (0.0, 1.0))
+    dead = torch.tensor([2, 7])
+    sparse, dense = (forward(weights, x, config, plan(dead, density=d)) for d in (0.0, 1.0))
+    assert set(sparse.losses.terms) == set(dense.losses.terms)
     assert torch.equal(sparse.active, dense.active) and sparse.active.sum() > 0
     for name, term in dense.losses.terms.items():
         torch.testing.assert_close(sparse.losses.terms[name], term)
@@ -180,7 +183,7 @@ def test_the_threshold_learns_from_the_window_around_it():
     pre = torch.tensor([[0.2, 0.9], [1.4, 3.0], [0.6, -1.0]], dtype=torch.float64, requires_grad=True)
     threshold = torch.tensor([0.5, 1.0], dtype=torch.float64, requires_grad=True)
     upstream = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], dtype=torch.float64)
-    values = Jump.apply(pre, threshold, 0.8)
+    values = Jump.apply(pre, threshold.expand_as(pre), 0.8)
     assert values.tolist() == [[0, 0], [1.4, 3.0], [0.6, 0]]
     values.backward(upstream)
     assert pre.grad.tolist() == [[0, 0], [3, 4], [5, 0]]

@@ -56,9 +56,6 @@ def test_jumprelu_learns_thresholds_and_finds_planted_directions():
     l0 = made.encode(x).l0().float().mean().item()
     assert 1 < l0 < 4 < reports[0]["l0"] and fve(made, x) > 0.7
     assert recovered(made) > 0.85
-    for report in reports:
-        weighted = report["reconstruction"] + 1e-4 * report["preact"]
-        assert weighted < report["loss"]
 
 
 def test_relu_on_entries_gives_the_same_as_dense_throughout(monkeypatch):

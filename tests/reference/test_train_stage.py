@@ -53,7 +53,7 @@ def config(base, text, tmp_path):
         fields = {
             "site": "resid_post.0",
             "run": RunOptions(out=tmp_path / out, resume=resume, seed=seed),
-            "training": TrainingOptions(**({"block_length": 32, "buffer": 0} | dict(training))),
+            "training": TrainingOptions(**({"block_length": 32, "shuffle": False} | dict(training))),
             "recipe": TrainConfig(**(steps | dict(recipe))),
             "models": ModelOptions(tokens_per_batch=100),
         }

@@ -12,51 +12,7 @@ from hypothesis import strategies as st
 from palimpsest.artifacts import RunFolder
 from palimpsest.errors import ArtifactError, ConfigError, NumericsError, SiteError
 from palimpsest.store import ActivationStore, Moments, StoreWriter
-
-SITES = ("resid_post.1", "mlp_out.0")
-D_MODEL = 6
-CONFIG = {"corpus": "a", "sites": list(SITES)}
-
-
-def appended(first: int, count: int, seed: int = 0) -> dict:
-    """Rows of `count` whole documents of 1 to 5 tokens, the values unique per row."""
-    generator = torch.Generator().manual_seed(1000 * seed + first)
-    lengths = [(first + i) % 5 + 1 for i in range(count)]
-    document = torch.cat([torch.full((n,), first + i) for i, n in enumerate(lengths)])
-    position = torch.cat([torch.arange(n) for n in lengths])
-    shape = (len(document), 2, D_MODEL)
-    acts = {site: torch.randn(shape, generator=generator) * 3 + 1 for site in SITES}
-    return {"acts": acts, "token_ids": document * 100 + position, "document": document, "position": position}
-
-
-def write(
-    path: Path, calls: list[dict], *, finish: bool = True, shard_bytes: int = 2000, **run
-) -> StoreWriter:
-    dtype = run.pop("dtype", "float32")
-    with RunFolder(path, stage="store", config=CONFIG, **run) as folder:
-        writer = StoreWriter(
-            folder,
-            sites=SITES,
-            models=("base", "tuned"),
-            d_model=D_MODEL,
-            dtype=dtype,
-            shard_bytes=shard_bytes,
-        )
-        for call in calls:
-            if not writer.holds(call["document"]):
-                writer.append(
-                    call["acts"], **{name: call[name] for name in ("token_ids", "document", "position")}
-                )
-        if finish:
-            writer.finish()
-    return writer
-
-
-CALLS = [appended(first, 4) for first in range(0, 40, 4)]
-
-
-def joined(calls: list[dict], site: str) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.cat([call["acts"][site] for call in calls]), torch.cat([call["token_ids"] for call in calls])
+from store_fixture import CALLS, CONFIG, D_MODEL, SITES, appended, joined, write
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -105,8 +61,8 @@ def test_shuffling_holds_no_more_shards_than_its_window(tmp_path, monkeypatch):
     write(tmp_path / "s", CALLS)
     store = ActivationStore(tmp_path / "s")
     opened = []
-    inner = store._tensors
-    monkeypatch.setattr(store, "_tensors", lambda shard, names: opened.append(shard) or inner(shard, names))
+    inner = store.open_shard
+    monkeypatch.setattr(store, "open_shard", lambda shard: opened.append(shard) or inner(shard))
     batches = store.batches(4, SITES[0], seed=3, window=2)
     next(batches)
     assert len(opened) == 2 < len(store.shards)
@@ -218,7 +174,7 @@ def test_activations_that_are_no_numbers_stop_the_run(tmp_path, value):
 
 
 def test_a_full_disk_keeps_the_shards_before_it(tmp_path, monkeypatch):
-    import palimpsest.store as module
+    import palimpsest.store.writer as module
 
     inner, written = module.save_file, []
 

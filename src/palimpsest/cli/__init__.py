@@ -10,6 +10,7 @@ VERBS = {
     "battery": "fix the text a base is audited with, and calibrate it with innocent fine-tunes",
     "harvest": "write a model's activations, or a pair's side by side, to a store",
     "train": "train a dictionary: train sae",
+    "evaluate": "measure what a dictionary reconstructs, and what splicing it in does to the predictions",
     "report": "write the report of a finished run again",
     "info": "explain any artifact: a run, a store, a dictionary",
 }

@@ -13,6 +13,7 @@ app = verb_app("info", VERBS["info"].capitalize() + ".")
 NOTABLE = {
     "audit": ("audit.json", ("summary",)),
     "dictionary": ("dictionary.json", ("n_latents", "k", "activation", "d_model", "view", "metadata")),
+    "evaluation": ("evaluation.json", ("summary", "site", "view", "tokens", "masking", "notes")),
     "store": ("store.json", ("sites", "models", "d_model", "dtype")),
 }
 """The file of each stage that says most, and its keys worth a line."""

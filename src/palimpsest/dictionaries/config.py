@@ -41,7 +41,7 @@ class Objective:
     shared_penalty: Number = 0.15
     """How much of the penalty the shared latents of a pair pay."""
     preact_weight: Number = 1e-4
-    """Weight of the loss that pulls silent jumprelu latents back towards their threshold."""
+    """Weight of the loss that pulls dead jumprelu latents back towards their threshold."""
     bandwidth: Number = 0.25
     """Width of the window around the threshold in which jumprelu learns it; activations have norm sqrt(d_model)."""
 

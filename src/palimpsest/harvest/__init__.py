@@ -8,10 +8,17 @@ from palimpsest.lazy import lazy_names
 if TYPE_CHECKING:
     from palimpsest.harvest.run import run_harvest
     from palimpsest.harvest.stream import Harvester, PairedTokens, activations
+    from palimpsest.harvest.verify import check_store
 
-__all__ = ["HarvestConfig", "Harvester", "PairedTokens", "activations", "run_harvest"]
+__all__ = ["HarvestConfig", "Harvester", "PairedTokens", "activations", "check_store", "run_harvest"]
 
 __getattr__ = lazy_names(
     __name__,
-    {"run_harvest": "run", "Harvester": "stream", "PairedTokens": "stream", "activations": "stream"},
+    {
+        "run_harvest": "run",
+        "Harvester": "stream",
+        "PairedTokens": "stream",
+        "activations": "stream",
+        "check_store": "verify",
+    },
 )

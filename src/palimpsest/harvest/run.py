@@ -64,20 +64,36 @@ def run_harvest(config: HarvestConfig) -> Artifact:
             d_model=_width(model, sites),
             dtype=config.store_dtype,
         )
-        batches = corpus.batches(config.models.tokens_per_batch)
-        with progress(f"harvesting {corpus.name}") as advance:
-            for batch, acts in _acts(source, _missing(batches, writer), sites):
-                kept, _ = kept_places(batch)
-                seq = batch.input_ids.shape[1]
-                writer.append(
-                    acts,
-                    token_ids=batch.input_ids.reshape(-1)[kept],
-                    document=batch.document.reshape(-1)[kept],
-                    position=kept % seq,
-                )
-                advance(len(kept))
+        _write(writer, source, corpus, sites, config.models.tokens_per_batch)
         writer.finish()
     return open_artifact(config.run.out, stage="store")
+
+
+def _write(
+    writer: StoreWriter,
+    source: ModelPair | LanguageModel,
+    corpus: Corpus,
+    sites: list[str],
+    tokens_per_batch: int,
+) -> None:
+    model = source.base if isinstance(source, ModelPair) else source
+    with progress(f"harvesting {corpus.name}") as advance:
+        for batch, acts in _acts(source, _missing(corpus.batches(tokens_per_batch), writer), sites):
+            kept, _ = kept_places(batch)
+            writer.add_probe(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                keep=batch.keep,
+                document=batch.document,
+                compute=model.dtype,
+            )
+            writer.append(
+                acts,
+                token_ids=batch.input_ids.reshape(-1)[kept],
+                document=batch.document.reshape(-1)[kept],
+                position=kept % batch.input_ids.shape[1],
+            )
+            advance(len(kept))
 
 
 def _width(model: LanguageModel, sites: list[str]) -> int:

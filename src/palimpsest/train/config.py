@@ -18,12 +18,14 @@ class TrainingOptions:
     block_length: Count = 256
     """Tokens of a packed block of text; at most the model's context."""
 
-    expansion: Annotated[int | None, Parameter(name="--expansion")] = None
+    expansion: Count | None = None
     """Latents per dimension of the activations, in place of --latents."""
 
-    buffer: Annotated[int | None, Parameter(name="--buffer")] = None
-    """Tokens that the shuffle buffer mixes (0: take them as they come); by default 64 batches, at most a sixteenth of
-    the run and 1 GiB."""
+    buffer: Count | None = None
+    """Tokens that the shuffle buffer mixes; by default 64 batches, at most a sixteenth of the run and 1 GiB."""
+
+    shuffle: Annotated[bool, Parameter(negative="--no-shuffle")] = True
+    """Mix tokens in the buffer; without it they are taken as they come, neighbours together."""
 
     buffer_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the buffer; bfloat16 halves its memory."""
@@ -45,15 +47,14 @@ class TrainingOptions:
     """Upload the finished dictionary, with its card, to this hub repository (private)."""
 
     def __post_init__(self) -> None:
-        """Refuse blocks that hold only a BOS, and sizes that mean nothing."""
+        """Refuse blocks that hold only a BOS, and counts that mean nothing."""
         if self.block_length < 2:
             raise ConfigError(
                 "The blocks are too short", expected="at least 2 tokens", found=self.block_length
             )
-        if self.expansion is not None and self.expansion < 1:
-            raise ConfigError("--expansion is a whole number above 0", found=self.expansion)
-        if self.buffer is not None and self.buffer < 0:
-            raise ConfigError("--buffer is a number of tokens, or 0", found=self.buffer)
+        for name in ("expansion", "buffer", "eval_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} must be above 0", found=value)
         if self.push is not None and self.variant:
             raise ConfigError("--push uploads one dictionary", fix="Leave --variant out, or push later")
 

@@ -157,7 +157,7 @@ def _stream(
         stream = source.stream(position)
         return prefetch(stream) if source.from_disk or on_gpu else stream
 
-    if config.training.buffer == 0:
+    if not config.training.shuffle:
         stream = source.stream(start)
         return stream, stream.close  # pyright: ignore[reportAttributeAccessIssue]
     dtype = torch.bfloat16 if config.training.buffer_dtype == "bfloat16" else torch.float32

@@ -154,7 +154,7 @@ def _from_store(
             fix="Harvest it with --tuned",
         )
     if live is not None:
-        check_store(store, live)
+        check_store(store, live, side=side or "base")
 
     def stream(position: int) -> Stream:
         for acts in store.stream(config.site, position, seed=config.run.seed):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palimpsest.dictionaries.kernels.entries import Grouped, Sparse, rows_of
 
-TILE_BYTES = 1 << 24
+TILE_BYTES = 1 << 25
 """Scratch for pre-activations: more rows make the GEMM faster, more memory leaves the last-level cache."""
 
 LEAST_ROWS = 256

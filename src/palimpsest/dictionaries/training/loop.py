@@ -258,15 +258,17 @@ def _batches(
 ) -> Iterator[Float[Tensor, "tokens models d_model"]]:
     """Cut the stream into batches of one size; a rest is used only when it is all there is."""
     kept: list[Tensor] = []
+    shape: torch.Size | None = None
     count, cut = 0, False
     for piece in batches:
         x = piece[:, None] if piece.ndim == 2 else piece
-        if x.ndim != 3 or (kept and x.shape[1:] != kept[0].shape[1:]):
+        if x.ndim != 3 or (shape is not None and x.shape[1:] != shape):
             raise DictionaryError(
                 "The stream does not hold activations of one width",
-                expected="[tokens, models, d_model]" if not kept else f"[tokens, {list(kept[0].shape[1:])}]",
+                expected="[tokens, models, d_model]" if shape is None else f"[tokens, {list(shape)}]",
                 found=f"shape {list(piece.shape)}",
             )
+        shape = x.shape[1:]
         kept.append(x.to(config.device, non_blocking=True))
         count += x.shape[0]
         if count < config.batch_size:
@@ -274,7 +276,8 @@ def _batches(
         joined = torch.cat(kept) if len(kept) > 1 else kept[0]
         whole = count - count % config.batch_size
         yield from joined[:whole].split(config.batch_size)
-        kept, count, cut = [joined[whole:]], count - whole, True
+        count, cut = count - whole, True
+        kept = [joined[whole:]] if count else []
     if count and not cut:
         yield torch.cat(kept)
 

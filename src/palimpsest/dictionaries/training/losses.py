@@ -125,7 +125,8 @@ def pre_activation(
 ) -> Float[Tensor, ""]:
     """How far below its threshold each latent stays, weighted by its norm: mean over tokens and latents.
 
-    Taken for every latent and token, it reaches latents that never fire. Source: as `tanh`.
+    Taken for dead latents, on every token: a gradient for what never fires. Source: as `tanh`, which takes it for all
+    latents; for dead ones alone it is SAELens' `pre_act_loss`.
     """
     return ((threshold - pre).relu() @ charge).mean() / len(charge)
 

@@ -1,14 +1,14 @@
 """One training step's forward: which latents survive, what they write, and the loss terms it gives.
 
-`topk`, `batch_topk` and sparse `relu` run on entries (token, latent, value) and never hold a
-`[tokens, latents]` matrix: the encode product is then nearly all of the work. `jumprelu`, and `relu` while much of
-it is active, run dense, where that is the faster way.
+Steps run on entries (token, latent, value) and never hold a `[tokens, latents]` matrix: the encode product is then
+nearly all of the work. Only `relu` and `jumprelu`, while many of their latents are active, run dense, because that is
+the faster way then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from palimpsest.dictionaries import kernels
-from palimpsest.dictionaries.config import TrainConfig
+from palimpsest.dictionaries.config import FIXED, TrainConfig
 from palimpsest.dictionaries.kernels.autograd import decode, encode_values
 from palimpsest.dictionaries.training import losses
 from palimpsest.dictionaries.training.weights import Weights
 
 SPARSE_BELOW = 0.02
-"""Share of active latents under which relu runs on entries instead of dense matrices."""
+"""Share of active latents under which relu and jumprelu run on entries instead of dense matrices."""
 
 
 class Plan(NamedTuple):
@@ -32,7 +32,7 @@ class Plan(NamedTuple):
         step: Counted from 0.
         dead: Latents that AuxK is to revive.
         cut: A lower estimate of the batch's smallest kept score, for batch_topk; None when unknown.
-        density: Share of latents that were active in the last step.
+        density: Share of latents that were active when it was last looked at.
         precision: Of the encode product, "float32" or "bfloat16".
     """
 
@@ -83,11 +83,15 @@ def forward(
         config: The recipe.
         plan: What changes from step to step.
     """
-    if config.activation == "jumprelu" or (config.activation == "relu" and plan.density > SPARSE_BELOW):
+    if config.activation not in FIXED and plan.density > SPARSE_BELOW:
         return _dense(weights, x, config, plan)
     flat = x.flatten(1)
     centred = flat - weights.b_dec.detach()
     entries = _encode(weights, centred, config, plan)
+    if weights.threshold is not None:
+        near = weights.threshold.index_select(0, entries.index)
+        jumped = Jump.apply(entries.value, near, config.objective.bandwidth)
+        entries = replace(entries, value=jumped)
     outputs = _decode(weights, entries, config)
     output = outputs[-1]
     error = losses.RECONSTRUCTION[
@@ -95,11 +99,12 @@ def forward(
     ]
     terms = {"reconstruction": _mean([error(x, one.view(x.shape)) for one in outputs])}
     factors = {"reconstruction": 1.0}
-    if config.activation == "relu":
+    if config.activation not in FIXED:
         charge = _charge(weights, config)
         # index_select, because its gradient adds up on entries and not on a dense matrix.
         terms["sparsity"] = _penalty(config)(entries.value * charge.index_select(0, entries.index), x)
         factors["sparsity"] = config.sparsity_weight_at(plan.step)
+        _pull_dead(weights, centred, charge, config, plan, (terms, factors))
     elif plan.dead.numel() and config.objective.auxk_alpha > 0:
         terms["auxk"] = losses.auxk(flat - output, _revive(weights, centred, plan))
         factors["auxk"] = config.objective.auxk_alpha
@@ -140,8 +145,11 @@ def _encode(weights: Weights, centred: Tensor, config: TrainConfig, plan: Plan) 
                 centred, enc.detach(), bias.detach(), max(1, int(k * tokens)), guess=plan.cut, **options
             )
         else:
-            zero = bias.new_zeros(len(bias))
-            crow, index, value = kernels.encode_above(centred, enc.detach(), bias.detach(), zero)
+            floor = bias.new_zeros(len(bias))
+            if weights.threshold is not None:
+                # What lies in the window below a threshold is silent, but the threshold learns from it.
+                floor = (weights.threshold - config.objective.bandwidth / 2).clamp(min=0)
+            crow, index, value = kernels.encode_above(centred, enc.detach(), bias.detach(), floor)
             smallest = centred.new_full((), torch.inf)
         grouped = kernels.by_latent(crow, index, config.n_latents)
     value = encode_values(centred, enc, bias, crow, index, grouped, value)
@@ -202,9 +210,7 @@ def _dense(
     if weights.threshold is None:
         values = pre.relu()
     else:
-        values = Jump.apply(pre, weights.threshold, config.objective.bandwidth)
-        terms["preact"] = losses.pre_activation(pre, weights.threshold, charge)
-        factors["preact"] = config.objective.preact_weight
+        values = Jump.apply(pre, weights.threshold.expand_as(pre), config.objective.bandwidth)
     output = torch.addmm(weights.b_dec, values, weights.dec)
     error = losses.RECONSTRUCTION[
         config.objective.error or ("squared" if weights.models == 1 else "unsquared")
@@ -212,13 +218,35 @@ def _dense(
     terms["reconstruction"] = error(x, output.view(x.shape))
     terms["sparsity"] = _penalty(config)(values * charge, x)
     factors |= {"reconstruction": 1.0, "sparsity": config.sparsity_weight_at(plan.step)}
+    _pull_dead(weights, centred, charge, config, plan, (terms, factors))
     active = (values.detach() > 0).sum(dim=0)
     smallest = flat.new_full((), torch.inf)
     return Forward(losses.Losses(terms, factors), active, smallest, x, output.detach().view(x.shape))
 
 
+def _pull_dead(
+    weights: Weights,
+    centred: Tensor,
+    charge: Tensor,
+    config: TrainConfig,
+    plan: Plan,
+    losses_: tuple[dict[str, Tensor], dict[str, float]],
+) -> None:
+    """Add the loss that pulls dead jumprelu latents back towards their thresholds; one product over those latents."""
+    if weights.threshold is None or not plan.dead.numel() or config.objective.preact_weight == 0:
+        return
+    terms, factors = losses_
+    dead = plan.dead
+    pre = torch.addmm(_bias(weights).index_select(0, dead), centred, weights.enc.index_select(0, dead).T)
+    threshold, charge = weights.threshold.index_select(0, dead), charge.index_select(0, dead)
+    terms["preact"] = losses.pre_activation(pre, threshold, charge)
+    factors["preact"] = config.objective.preact_weight
+
+
 class Jump(torch.autograd.Function):
-    """relu(h) where h exceeds the threshold; the threshold learns from a window around it.
+    """relu(h) where h exceeds its threshold; the threshold learns from the positive h in a window around it.
+
+    Both arguments have one shape: all pre-activations, or those of entries.
 
     Source: Rajamanoharan et al., JumpReLU sparse autoencoders (https://arxiv.org/abs/2407.14435), with the
     rectangular kernel; the threshold itself is the parameter, because its logarithm stays frozen under Adam.
@@ -233,8 +261,8 @@ class Jump(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: D102
         pre, threshold = ctx.saved_tensors
-        inside = ((pre - threshold).abs() <= ctx.bandwidth / 2).to(pre.dtype)
-        moved = -(threshold / ctx.bandwidth) * (inside * grads[0]).sum(dim=0)
+        inside = ((pre - threshold).abs() <= ctx.bandwidth / 2) & (pre > 0)
+        moved = torch.where(inside, grads[0] * threshold, 0) / -ctx.bandwidth
         return torch.where(pre > threshold.clamp(min=0), grads[0], 0), moved, None
 
 

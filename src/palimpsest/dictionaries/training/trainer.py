@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palimpsest.dictionaries.config import TrainConfig
+from palimpsest.dictionaries import kernels
+from palimpsest.dictionaries.config import FIXED, TrainConfig
 from palimpsest.dictionaries.dictionary import Dictionary
 from palimpsest.dictionaries.fold import fold
 from palimpsest.dictionaries.native import build
@@ -111,7 +112,7 @@ class Trainer:
         self.idle = torch.where(made.active > 0, 0, self.idle + tokens)
         self.step += 1
         self.tokens += tokens
-        if self.config.activation == "relu" and self.step % DEAD_REFRESH == 0:
+        if self.config.activation not in FIXED and self.step % DEAD_REFRESH == 0:
             self.density = float(made.active.sum()) / (tokens * self.config.n_latents)
         # The window grows with the run, so the average is unbiased from the first step and soon forgets it.
         window = min(max(1.0, THRESHOLD_SHARE * self.step), THRESHOLD_STEPS)
@@ -187,12 +188,16 @@ class Trainer:
 
 
 def precision(config: TrainConfig) -> str:
-    """The encode product's type: the recipe's, or bfloat16 where the machine has instructions for it."""
+    """The encode product's type: the recipe's, or bfloat16 where that is faster as a whole.
+
+    On a CPU that takes instructions for it, and the native kernels: the others lose more in the selection than the
+    product gains.
+    """
     if config.dtype != "auto":
         return config.dtype
     if torch.device(config.device).type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    fast = torch.device(config.device).type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    fast = kernels.backend(config.device) == "native" and torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 
