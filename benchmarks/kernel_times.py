@@ -2,6 +2,7 @@
 
     python benchmarks/kernel_times.py [--latents 4096] [--d 256] [--k 32] [--batch 4096] [--models 1] [--threads N]
                                  [--runs 9] [--out FILE.json]
+    python benchmarks/kernel_times.py --dictionary DICT --store STORE      # agreement on real activations only
 
 Backends are timed in turn; the median of the runs is reported. GB/s counts what a kernel must at least touch: one
 gathered row per entry, or the tile once. `x GEMM` is the time over that of the products alone, in the same tiles and
@@ -82,21 +83,39 @@ def cases(options):
     yield "project_rows_", lambda: kernels.project_rows_(gradient, rows), 12 * rows.numel(), None
 
 
-def agreement(options):
+def real(dictionary, store, batch, batches=8):
+    """A trained encoder and centred activations at its site, as the trainer's encode step sees them."""
+    from palimpsest.buffer import ShuffleBuffer
+    from palimpsest.dictionaries import load_dictionary
+    from palimpsest.store import ActivationStore
+
+    made, held = load_dictionary(dictionary), ActivationStore(store)
+    rows = ShuffleBuffer(
+        lambda position: held.stream(made.site, position, seed=0),
+        capacity=4 * batch,
+        batch_size=batch,
+        seed=0,
+    )
+    weight = made.W_enc.flatten(0, 1).T.contiguous()
+    for _, acts in zip(range(batches), rows, strict=False):
+        sides = {"base": acts[:, :1], "tuned": acts[:, -1:], "diff": acts[:, -1:] - acts[:, :1], "pair": acts}
+        yield sides[made.view].float().flatten(1) - made.b_dec.view(-1), weight, made.b_enc
+
+
+def agreement(x, weight, bias, k):
     """Share of the fp32 selections that bf16 finds, for topk and batch_topk."""
-    x, weight, bias = sample(options.batch, options.d * options.models, options.latents, seed=1)
+    batch, latents = len(x), len(weight)
     found = {}
     for name in ("topk", "batch_topk"):
         kept = []
         for precision in kernels.PRECISIONS:
-            mask = torch.zeros(options.batch, options.latents, dtype=torch.bool)
+            mask = torch.zeros(batch, latents, dtype=torch.bool)
             if name == "topk":
-                value, index = kernels.encode_topk(x, weight, bias, options.k, precision=precision)
+                value, index = kernels.encode_topk(x, weight, bias, k, precision=precision)
                 mask.scatter_(1, index, value > 0)
             else:
-                count = options.k * options.batch
-                entries, _ = kernels.encode_batch_topk(x, weight, bias, count, precision=precision)
-                mask[torch.arange(options.batch).repeat_interleave(entries.crow.diff()), entries.index] = True
+                entries, _ = kernels.encode_batch_topk(x, weight, bias, k * batch, precision=precision)
+                mask[torch.arange(batch).repeat_interleave(entries.crow.diff()), entries.index] = True
             kept.append(mask)
         found[name] = float((kept[0] & kept[1]).sum() / kept[0].sum())
     return found
@@ -142,8 +161,17 @@ def main():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--dictionary", type=Path)
+    parser.add_argument("--store", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.dictionary:
+        shares = [
+            agreement(*each, options.k) for each in real(options.dictionary, options.store, options.batch)
+        ]
+        for name in shares[0]:
+            print(f"bf16 {name} agrees on {statistics.mean(share[name] for share in shares):.4%}")
+        return
     backends = ["torch", "native"] if kernels.backend("cpu") == "native" else ["torch"]
     rows = measure(options, backends)
     print(
@@ -157,7 +185,7 @@ def main():
             ratio = f"{found['x GEMM']:.2f}" if "x GEMM" in found else ""
             line += f"{found['ms']:12.2f}{found['GB/s']:8.1f}{ratio:>8}"
         print(line)
-    agreed = agreement(options)
+    agreed = agreement(*sample(options.batch, options.d * options.models, options.latents, seed=1), options.k)
     print(", ".join(f"bf16 {name} agrees on {share:.4%}" for name, share in agreed.items()))
     if options.out:
         machine = {"cpu": cpu_name(), "threads": options.threads, "torch": torch.__version__}

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from palimpsest.dictionaries import Codes, Dictionary, TrainConfig, load_dictionary, save_saelens
 from palimpsest.dictionaries import dictionary as module
-from palimpsest.dictionaries.activations import above, batch_top_k, top_k
+from palimpsest.dictionaries.activations import above, top_k
 from palimpsest.errors import ArtifactError, ConfigError, DictionaryError, NumericsError
 from random_dictionaries import (
     D_MODEL,
@@ -158,14 +158,6 @@ def test_thresholded_rows_settle_ties_like_a_stable_sort(values, threshold):
         row = slice(int(codes.crow[token]), int(codes.crow[token + 1]))
         assert codes.indices[row].tolist() == expected.indices[token, :count].tolist()
         assert codes.values[row].tolist() == expected.values[token, :count].tolist()
-
-
-def test_batch_top_k_keeps_the_strongest_of_the_batch():
-    pre = torch.randn(9, 20)
-    row, latent, values = batch_top_k(pre, 2.5)
-    expected = pre.flatten().sort(descending=True).values[:22]
-    assert torch.equal(values.sort(descending=True).values, expected)
-    assert torch.equal(pre[row, latent], values) and torch.equal(row, row.sort().values)
 
 
 def test_codes_join_and_expand():

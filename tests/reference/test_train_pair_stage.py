@@ -238,7 +238,8 @@ def test_variants_that_mean_nothing(texts, problem):
 
 
 def test_a_variant_reaches_every_group():
-    made = variants(TrainConfig(), ("auxk_alpha=0.5,shared=8,seed=3", "compute-dtype=float32"))
+    made = variants(TrainConfig(), ("auxk_alpha=0.5,shared=8,seed=3", "plain:compute-dtype=float32"))
+    assert list(made) == ["auxk_alpha0.5-shared8-seed3", "plain"]
     first, second = made.values()
     assert (first.objective.auxk_alpha, first.partition.shared, first.seed) == (0.5, 8, 3)
     assert second.dtype == "float32"

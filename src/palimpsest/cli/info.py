@@ -18,6 +18,9 @@ NOTABLE = {
 }
 """The file of each stage that says most, and its keys worth a line."""
 
+ORIGIN = ("model", "base", "tuned", "site", "tokens", "metrics", "evaluation")
+"""What of a dictionary's metadata is shown."""
+
 
 @app.default
 def info(
@@ -53,7 +56,7 @@ def _show(manifest: dict[str, Any], content: dict[str, Any]) -> None:
     say(f"  created {manifest['created']} by palimpsest {manifest['palimpsest']}")
     about = {key: value for key, value in content.items() if key != "metadata"}
     about |= {
-        k: v for k, v in content.get("metadata", {}).items() if k in ("model", "site", "tokens", "metrics")
+        k: v for k, v in content.get("metadata", {}).items() if k in ORIGIN and v is not None
     }
     for key, value in about.items():
         say(f"  {key}: {value}")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from palimpsest.dictionaries import kernels
 from palimpsest.dictionaries.codes import Codes
 
 ACTIVATIONS = ("relu", "topk", "batch_topk", "jumprelu", "gated")
@@ -64,22 +65,22 @@ def gate(
 
 
 def top_k(
-    pre: Float[Tensor, "tokens latents"], k: int, *, exact: bool = True
+    pre: Float[Tensor, "tokens latents"], k: int
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
     """The k largest entries of each row, then ReLU; entries that are not positive become (0, latent 0).
 
     Args:
         pre: Pre-activations.
         k: At most the number of latents.
-        exact: Settle ties by the smaller latent; False skips that and a device synchronisation (training).
     """
+    needs_gradient = torch.is_grad_enabled() and pre.requires_grad
+    if not needs_gradient and (found := kernels.largest(pre, k)) is not None:
+        return found
     with torch.no_grad():
-        wanted = min(k + 1, pre.shape[1]) if exact else k
-        best, indices = torch.topk(pre, wanted, dim=1)
-        if exact:
-            best, indices = _settle_ties(pre, best, indices, k)
+        best, indices = torch.topk(pre, min(k + 1, pre.shape[1]), dim=1)
+        best, indices = _settle_ties(pre, best, indices, k)
         indices = indices.masked_fill_(best <= 0, 0)
-    if torch.is_grad_enabled() and pre.requires_grad:
+    if needs_gradient:
         kept = pre.gather(1, indices)
         return torch.where(best > 0, kept, kept.new_zeros(())), indices
     return best.relu_(), indices
@@ -117,6 +118,10 @@ def _settle_boundary(pre: Tensor, best: Tensor, indices: Tensor, rows: Tensor) -
 def above(pre: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"] | None) -> Codes:
     """Entries that are positive and above the threshold of their latent: relu(h) * (h > threshold)."""
     tokens, n_latents = pre.shape
+    if not (torch.is_grad_enabled() and pre.requires_grad):
+        found = kernels.above(pre, pre.new_zeros(n_latents) if threshold is None else threshold)
+        if found is not None:
+            return Codes(*found, n_latents)
     with torch.no_grad():
         row, latent = (pre > (0 if threshold is None else threshold.clamp(min=0))).nonzero(as_tuple=True)
         counts = torch.bincount(row, minlength=tokens)
@@ -136,22 +141,3 @@ def _strongest_first(values: Tensor, row: Tensor, crow: Tensor, counts: Tensor) 
     padded[row, column] = values
     order = padded.sort(dim=1, descending=True, stable=True).indices
     return order[row, column] + crow[row]
-
-
-def batch_top_k(
-    pre: Float[Tensor, "tokens latents"], k: int | float
-) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"], Float[Tensor, " entries"]]:
-    """Training rule of batch_topk: the k * tokens largest positive entries of the whole batch.
-
-    Returns:
-        Row, latent and value (differentiable) of each kept entry, by row; entries that are not positive are
-        kept with value 0 so that shapes do not depend on the data.
-
-    Source: Bussmann et al., BatchTopK Sparse Autoencoders (https://arxiv.org/abs/2412.06410).
-    """
-    tokens, n_latents = pre.shape
-    with torch.no_grad():
-        count = min(max(1, int(k * tokens)), pre.numel())
-        place = torch.topk(pre.reshape(-1), count, sorted=False).indices.sort().values
-    values = pre.reshape(-1)[place].relu()
-    return place // n_latents, place % n_latents, values

@@ -32,7 +32,7 @@ class TrainingOptions:
 
     variant: tuple[str, ...] = ()
     """Train several dictionaries on the same stream, each the recipe with some values changed: `k=16` `k=64,lr=1e-3`.
-    Each goes to a folder of its own inside --out."""
+    Each goes to a folder of its own inside --out, called k16 or as said: `small:latents=512,k=16`."""
 
     eval_corpus: tuple[str, ...] = ()
     """Held-out text: measure the finished dictionary on it (FVE, L0, CE and KL recovered)."""
@@ -171,15 +171,16 @@ def _check_source(store: str | None, corpus: tuple[str, ...], **models: str | No
 
 
 def variants(recipe: TrainConfig, texts: tuple[str, ...]) -> dict[str, TrainConfig]:
-    """Recipes by the name of their folder, from texts such as `k=64,lr=1e-3`.
+    """Recipes by the name of their folder, from texts such as `k=64,lr=1e-3` or `large:k=64`.
 
     Raises:
         ConfigError: A text names no value of a recipe, or two make the same recipe.
     """
     made: dict[str, TrainConfig] = {}
     for text in texts:
-        changes = [part.partition("=")[::2] for part in text.split(",")]
-        name = "-".join(f"{key.strip()}{value.strip()}" for key, value in changes)
+        said, colon, values = text.partition(":")
+        changes = [part.partition("=")[::2] for part in (values if colon else text).split(",")]
+        name = said.strip() if colon else "-".join(f"{key.strip()}{value.strip()}" for key, value in changes)
         changed = recipe
         for key, value in changes:
             changed = _changed(changed, key.strip().replace("-", "_"), value.strip(), text)

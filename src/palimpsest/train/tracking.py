@@ -70,7 +70,7 @@ Tracker = tuple[Callable[[Mapping[str, Any]], None], Callable[[], None]]
 def _numbers(figures: Mapping[str, Any]) -> dict[str, float]:
     """Figures under flat names; those of one of several dictionaries under its name."""
     place = f"{figures['name']}/" if "name" in figures else ""
-    return {place + key: value for key, value in figures.items() if isinstance(value, int | float)}
+    return {place + key: float(value) for key, value in figures.items() if isinstance(value, int | float)}
 
 
 def _tensorboard(folder: Path, config: dict[str, Any]) -> Tracker:

@@ -220,6 +220,20 @@ def encode_above(
 
 
 @torch.no_grad()
+def largest(
+    pre: Float[Tensor, "tokens latents"], k: int
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]] | None:
+    """`encode_topk` for scores that are there already, ties by the smaller latent; None where PyTorch is to do it."""
+    ops = _ops(pre)
+    return ops.largest(pre, k) if pre.dtype == torch.float32 and hasattr(ops, "largest") else None
+
+
+def above(pre: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"]) -> Sparse | None:
+    """`encode_above` for pre-activations that are there already; None where PyTorch is to do it."""
+    ops = _ops(pre)
+    return ops.above(pre, threshold) if pre.dtype == torch.float32 and hasattr(ops, "above") else None
+
+
 def normalise_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Scale every row to norm 1, in place; a row of zeros stays."""
     return _ops(rows).normalise_rows_(rows)
@@ -245,11 +259,13 @@ __all__ = [
     "PRECISIONS",
     "Grouped",
     "Sparse",
+    "above",
     "backend",
     "by_latent",
     "encode_above",
     "encode_batch_topk",
     "encode_topk",
+    "largest",
     "normalise_rows_",
     "project_rows_",
     "row_dot",

@@ -187,6 +187,38 @@ def encode_above(
     return Sparse(crow, index, value)
 
 
+def largest(
+    pre: Float[Tensor, "tokens latents"], k: int
+) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
+    """See `kernels.largest`."""
+    pre = pre.contiguous()
+    tokens, m = pre.shape
+    value, index = pre.new_empty(tokens, k), torch.empty(tokens, k, dtype=torch.long)
+    bias = _zeros(m)
+    outputs = _at(value), _at(index), torch.get_num_threads()
+    _call("topk", _at(pre), False, tokens, m, _at(bias), None, k, k, None, None, 0, *outputs)
+    return value, index
+
+
+def above(pre: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"]) -> Sparse:
+    """See `kernels.above`."""
+    pre, floor = pre.contiguous(), threshold.contiguous()
+    tokens, m = pre.shape
+    bias, crow = _zeros(m), torch.empty(tokens + 1, dtype=torch.long)
+    with _batch(0, 0.0, 0.0) as batch:
+        sizes = tokens, m, _at(bias), _at(floor), torch.get_num_threads()
+        held = _call("above_add", batch, _at(pre), *sizes)
+        index, value = crow.new_empty(held), pre.new_empty(held)
+        _call("above_finish", batch, _at(crow), _at(index), _at(value))
+    return Sparse(crow, index, value)
+
+
+@cache
+def _zeros(size: int) -> Tensor:
+    """The bias of what has one already."""
+    return torch.zeros(size)
+
+
 @contextmanager
 def _batch(count: int, start: float, margin: float) -> Iterator[int]:
     """Where the entries of a batch are gathered; freed at the end."""
