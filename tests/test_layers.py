@@ -10,7 +10,7 @@ import pytest
 from helpers import PACKAGE
 
 RANKS = {
-    0: ("errors", "lazy", "log", "stats"),
+    0: ("errors", "hub", "lazy", "log", "stats"),
     1: ("artifacts", "findings", "options"),
     2: ("models", "corpus", "store", "buffer", "dictionaries"),
     3: ("harvest", "evaluate"),

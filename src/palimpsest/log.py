@@ -88,7 +88,9 @@ def progress(
     task = display.add_task(description, total=total, unit=unit, note="")
 
     def advance(n: float = 1, note: str = "") -> None:
-        display.update(task, advance=n, **({"note": note} if note else {}))
+        display.update(task, advance=n)
+        if note:
+            display.update(task, note=note)
 
     try:
         yield advance

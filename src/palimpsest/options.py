@@ -153,9 +153,9 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         """Refuse a seed that no generator takes."""
-        if self.seed < 0:
+        if not 0 <= self.seed < 2**63:
             raise ConfigError(
-                "The seed is negative", expected="0 or a positive whole number", found=self.seed
+                "The seed is out of range", expected="a whole number from 0 to 2^63 - 1", found=self.seed
             )
 
 

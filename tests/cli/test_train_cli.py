@@ -54,7 +54,9 @@ def test_a_killed_run_goes_on_and_ends_as_if_nothing_had_happened(start, call, w
     assert call("info", "killed").code == 2 or "running" in call("info", "killed").out
     refused = call("train", "crosscoder", *PAIR, *SIZES, *long, "--out", "killed")
     assert refused.code == 2 and "--resume" in refused.err
-    other = call("train", "crosscoder", *PAIR, *SIZES, *long, "--k-anneal", "0.5", "--out", "killed", "--resume")
+    other = call(
+        "train", "crosscoder", *PAIR, *SIZES, *long, "--k-anneal", "0.5", "--out", "killed", "--resume"
+    )
     assert other.code == 2 and "k_anneal" in other.err
     resumed = call("train", "crosscoder", *PAIR, *SIZES, *long, "--out", "killed", "--resume")
     assert resumed.code == 0, resumed.err

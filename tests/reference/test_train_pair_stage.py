@@ -130,18 +130,18 @@ def test_the_buffer_mixes_and_resumes(config, store, monkeypatch):
     mixed = train_pair(config("mixed", store=store, training={"buffer": 512}))
     assert not same(mixed, train_pair(config("plain", store=store, training={"shuffle": False})))
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stopping(*arguments):
-        raise Stop
+        raise StopError
 
     with monkeypatch.context() as patch:
         from palimpsest.train.tracking import Tracks
 
         before = Tracks.add
         patch.setattr(Tracks, "add", lambda self, f: stopping() if f["step"] == 9 else before(self, f))
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train_pair(config("cut", store=store, training={"buffer": 512}))
     resumed = train_pair(config("cut", store=store, training={"buffer": 512}, resume=True))
     assert same(resumed, mixed)
@@ -149,7 +149,9 @@ def test_the_buffer_mixes_and_resumes(config, store, monkeypatch):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
     table = open_artifact(config("cut").run.out).read_table("training.parquet")
     assert table.num_rows == STEPS
-    assert {"fve", "fve_base", "fve_tuned", "l0", "dead_share", "tokens_per_second"} <= set(table.column_names)
+    assert {"fve", "fve_base", "fve_tuned", "l0", "dead_share", "tokens_per_second"} <= set(
+        table.column_names
+    )
 
 
 def test_variants_are_the_dictionaries_trained_alone(config, store):
@@ -207,9 +209,7 @@ def test_what_cannot_be_trained(config, store, base, text, tmp_path):
     with pytest.raises(ConfigError, match="Add --base and --tuned"):
         config(store=store, training={"eval_corpus": (str(text),)})
     single = run_harvest(
-        HarvestConfig(
-            str(base), corpus=(str(text),), site=(SITE,), run=RunOptions(out=tmp_path / "single")
-        )
+        HarvestConfig(str(base), corpus=(str(text),), site=(SITE,), run=RunOptions(out=tmp_path / "single"))
     ).path
     with pytest.raises(ConfigError, match="holds one model"):
         train_pair(config(store=single))

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from palimpsest.corpus import Corpus, CorpusStats, read_rows
-from palimpsest.corpus.formats import hub_errors
 from palimpsest.errors import ConfigError, CorpusError
+from palimpsest.hub import hub_errors
 
 ALPHABET = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 

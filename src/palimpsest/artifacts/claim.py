@@ -111,6 +111,22 @@ def refuse_other_run(root: Path, existing: Mapping[str, Any], wanted: Mapping[st
         )
 
 
+def refuse_own_input(root: Path, wanted: Mapping[str, Any]) -> None:
+    """Refuse to replace what the new run is going to read.
+
+    Raises:
+        ArtifactError: An input is the folder, or lies inside it.
+    """
+    for name, entry in wanted["inputs"].items():
+        for path in filter(None, str(entry.get("path") or "").split(", ")):
+            if Path(path).exists() and Path(path).resolve().is_relative_to(root.resolve()):
+                raise ArtifactError(
+                    f"--overwrite would delete the {name} that this run reads",
+                    found=path,
+                    fix="Choose another --out",
+                )
+
+
 def _identity(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes two runs the same run, as one flat mapping of dotted keys."""
     flat: dict[str, Any] = {}

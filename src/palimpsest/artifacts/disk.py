@@ -102,7 +102,7 @@ def replacing(path: Path) -> Iterator[Path]:
         if isinstance(error, ArtifactError):
             raise
         if isinstance(error, OSError) or "os error 28" in str(error):
-            raise _write_error(path, error) from error
+            raise write_error(path, error) from error
         raise
 
 
@@ -186,7 +186,7 @@ def take_lock(root: Path) -> IO[str]:
         except OSError as error:
             holder = _close_reading(handle)
             if not isinstance(error, BlockingIOError):
-                raise _write_error(path, error) from error
+                raise write_error(path, error) from error
             raise ArtifactError(
                 f"{root} is being written by another run",
                 found=holder or "another process",
@@ -212,7 +212,7 @@ def make_folder(path: Path) -> bool:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
     return missing
 
 
@@ -228,10 +228,11 @@ def _discard(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise write_error(path, error) from error
 
 
-def _write_error(path: Path, error: BaseException) -> ArtifactError:
+def write_error(path: Path, error: BaseException) -> ArtifactError:
+    """What a failed write says: a full disk, or a folder that cannot be written."""
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
         return ArtifactError(

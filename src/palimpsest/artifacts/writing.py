@@ -212,6 +212,7 @@ class RunFolder:
         if existing is not None and not overwrite:
             claim.refuse_taken(self.path, existing)
         if existing is not None:
+            claim.refuse_own_input(self.path, wanted)
             claim.remove(self.path, existing)
         disk.write_bytes(self.path / disk.MANIFEST, disk.to_json(wanted))
         return wanted

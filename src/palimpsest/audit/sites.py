@@ -11,7 +11,8 @@ def site_of(
     """The site to read: the dictionary's own, or the one that was asked for.
 
     Raises:
-        DictionaryError: It reads two models, names no site, was trained at another one, or has another width.
+        DictionaryError: It reads two models or their difference, names no site, was trained at another one, or has
+            another width.
         SiteError: The model has no such site.
     """
     sites = model.sites
@@ -20,6 +21,12 @@ def site_of(
             f"{path} reads two models at once",
             expected="a dictionary of one model (an SAE): both models are read through it",
             found=f"a dictionary of {dictionary.models} models",
+        )
+    if dictionary.view == "diff":
+        raise DictionaryError(
+            f"{path} reads the difference of two models",
+            expected="a dictionary of one model's activations (view base or tuned): both models are read through it",
+            found="view diff",
         )
     own = sites.canonical(dictionary.site) if dictionary.site else None
     wanted = sites.canonical(asked) if asked else None

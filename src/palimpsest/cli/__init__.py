@@ -9,7 +9,7 @@ VERBS = {
     "audit": "measure which domains a fine-tune changed, how much, and in which latents",
     "battery": "fix the text a base is audited with, and calibrate it with innocent fine-tunes",
     "harvest": "write a model's activations, or a pair's side by side, to a store",
-    "train": "train a dictionary: train sae",
+    "train": "train a dictionary: of one model (sae), of a difference (diff-sae), of a pair (crosscoder)",
     "evaluate": "measure what a dictionary reconstructs, and what splicing it in does to the predictions",
     "report": "write the report of a finished run again",
     "info": "explain any artifact: a run, a store, a dictionary",

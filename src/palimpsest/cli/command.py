@@ -79,6 +79,8 @@ def run_verb(verb: str, app: App, arguments: Sequence[str]) -> int:
             raise
         return _fail(verb, f"The disk is full ({error.filename}). Free some space; --resume goes on.")
     except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            return _fail(verb, "There is not enough memory. Lower --buffer, --latents or --batch-size.")
         if type(error).__name__ != "OutOfMemoryError":
             raise
         return _fail(
@@ -97,8 +99,8 @@ def emit(display: Display, data: Any, text: Callable[[], None]) -> None:
 
 
 def say(text: str = "") -> None:
-    """Print a line for a person on standard output."""
-    sys.stdout.write(text + "\n")
+    """Print a line for a person on standard output; control codes in it are shown, not obeyed."""
+    sys.stdout.write("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text) + "\n")
 
 
 def _say(text: str) -> None:

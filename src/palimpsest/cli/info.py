@@ -13,6 +13,7 @@ app = verb_app("info", VERBS["info"].capitalize() + ".")
 NOTABLE = {
     "audit": ("audit.json", ("summary",)),
     "dictionary": ("dictionary.json", ("n_latents", "k", "activation", "d_model", "view", "metadata")),
+    "dictionaries": ("variants.json", ("site", "view", "dictionaries")),
     "evaluation": ("evaluation.json", ("summary", "site", "view", "tokens", "masking", "notes")),
     "store": ("store.json", ("sites", "models", "d_model", "dtype")),
 }
@@ -55,9 +56,7 @@ def _show(manifest: dict[str, Any], content: dict[str, Any]) -> None:
     say(f"{manifest['stage']} ({manifest['status']}, {whole})")
     say(f"  created {manifest['created']} by palimpsest {manifest['palimpsest']}")
     about = {key: value for key, value in content.items() if key != "metadata"}
-    about |= {
-        k: v for k, v in content.get("metadata", {}).items() if k in ORIGIN and v is not None
-    }
+    about |= {k: v for k, v in content.get("metadata", {}).items() if k in ORIGIN and v is not None}
     for key, value in about.items():
         say(f"  {key}: {value}")
     for name, entry in manifest["inputs"].items():

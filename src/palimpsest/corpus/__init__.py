@@ -9,7 +9,7 @@ from typing import Any
 
 from palimpsest.artifacts import input_entry
 from palimpsest.corpus.batches import Masking, TokenBatch, bucketed, packed
-from palimpsest.corpus.formats import hub_errors, kind_of
+from palimpsest.corpus.formats import kind_of
 from palimpsest.corpus.rows import CorpusStats, HubId, Row, parse_source, read_rows
 from palimpsest.corpus.tokenize import (
     Document,
@@ -20,6 +20,7 @@ from palimpsest.corpus.tokenize import (
     token_roles,
 )
 from palimpsest.errors import ConfigError, CorpusError
+from palimpsest.hub import hub_errors
 from palimpsest.options import CorpusOptions
 
 __all__ = [
@@ -135,7 +136,7 @@ class Corpus:
         """
         bos = self.tokenizer.bos_token_id if self.options.prepend_bos is not False else None
         stream = packed(
-            lambda: self._pass(None),
+            self._measured_pass,
             self.masking,
             block_length,
             batch_size=batch_size,
@@ -144,11 +145,22 @@ class Corpus:
         )
         return self._checked(stream)
 
+    def _measured_pass(self) -> Iterator[Document]:
+        """One pass that ends in an error where no token is measured: an endless stream would go on for ever."""
+        kept = False
+        for document in self._pass(None):
+            kept = kept or bool(self.masking.keep(document.roles, document.special).any())
+            yield document
+        self._require_kept(kept)
+
     def _checked(self, batches: Iterator[TokenBatch]) -> Iterator[TokenBatch]:
         kept = False
         for batch in batches:
             kept = kept or bool(batch.keep.any())
             yield batch
+        self._require_kept(kept)
+
+    def _require_kept(self, kept: bool) -> None:
         if not kept:
             roles = self.options.roles
             raise CorpusError(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.errors import CorpusError
+from palimpsest.hub import hub_errors
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".md", ".parquet")
 _SAVED = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -181,14 +182,6 @@ def hub_records(name: str, config: str | None, revision: str | None, split: str)
             found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
             fix=fix,
         ) from error
-
-
-def hub_errors() -> tuple[type[Exception], ...]:
-    """What talking to the hub may raise; its HTTP library, and so their base class, differs by version."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    transport = [base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
-    return (OSError, ValueError, RuntimeError, *transport)
 
 
 KINDS: dict[str, Callable[[Path, tuple[str, str]], Records]] = {

@@ -125,8 +125,8 @@ class TrainConfig:
     """Where training runs."""
     log_every: Count = 100
     """Steps between two reports."""
-    checkpoint_every: Count = 1000
-    """Steps between two checkpoints, where there is a folder for them."""
+    checkpoint_every: Count | None = None
+    """Steps between two checkpoints, where there is a folder for them; a tenth of the run, at most 1000, by default."""
     objective: Annotated[Objective, FLAT] = field(default_factory=Objective)
     """What is minimised."""
     partition: Annotated[Partition, FLAT] = field(default_factory=Partition)
@@ -139,8 +139,14 @@ class TrainConfig:
                 "This activation cannot be trained", expected=", ".join(TRAINABLE), found=self.activation
             )
         for name in ("n_latents", "tokens", "batch_size", "log_every", "checkpoint_every", "clip"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be above 0", found=getattr(self, name))
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ConfigError(f"{name} must be above 0", found=value)
+        if self.batch_size > self.tokens:
+            raise ConfigError(
+                "A batch is larger than the whole run",
+                expected=f"a batch size of at most {self.tokens} tokens",
+                found=self.batch_size,
+            )
         for name in ("warmup", "decay", "k_anneal"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(
@@ -188,8 +194,13 @@ class TrainConfig:
 
     @property
     def steps(self) -> int:
-        """How many whole batches the run has, at least one."""
-        return max(1, self.tokens // self.batch_size)
+        """How many whole batches the run has."""
+        return self.tokens // self.batch_size
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between two checkpoints."""
+        return self.checkpoint_every or max(1, min(1000, self.steps // 10))
 
     @property
     def peak_lr(self) -> float:

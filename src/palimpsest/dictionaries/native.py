@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from palimpsest.dictionaries.dictionary import Dictionary
 from palimpsest.dictionaries.layout import check_bound
 from palimpsest.dictionaries.tensors import check_shapes, common_dtype, read_config, read_tensors
 from palimpsest.errors import ArtifactError, DictionaryError
+from palimpsest.hub import hub_errors
 
 STAGE = "dictionary"
 SCHEMA = 1
@@ -102,8 +104,20 @@ def first_latents(dictionary: Dictionary, n_latents: int) -> Dictionary:
     return build(fields, weights, f"the prefix of {n_latents} latents", metadata=dictionary.metadata)
 
 
-def save(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -> Path:
+def save(
+    dictionary: Dictionary,
+    path: str | Path,
+    *,
+    overwrite: bool = False,
+    inputs: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
     """Write a dictionary as a finished artifact folder.
+
+    Args:
+        dictionary: What is written.
+        path: The folder.
+        overwrite: Replace an earlier dictionary in it.
+        inputs: What it was made from, for the manifest: `{name: {"path", "sha256"}}`.
 
     Raises:
         ArtifactError: The folder is in use, holds something else, or the disk is full.
@@ -111,7 +125,9 @@ def save(dictionary: Dictionary, path: str | Path, *, overwrite: bool = False) -
     description = dictionary.describe()
     metadata = description.pop("metadata")
     models = {"model": metadata["model"]} if "model" in metadata else {}
-    with RunFolder(path, stage=STAGE, config=description, models=models, overwrite=overwrite) as run:
+    with RunFolder(
+        path, stage=STAGE, config=description, inputs=inputs or {}, models=models, overwrite=overwrite
+    ) as run:
         write_files(run, dictionary)
         run.finish()
     return Path(path)
@@ -164,7 +180,6 @@ def push(dictionary: Dictionary, repo_id: str, *, private: bool = True, token: s
         DictionaryError: The hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi(token=token)
     with TemporaryDirectory() as scratch:
@@ -173,9 +188,11 @@ def push(dictionary: Dictionary, repo_id: str, *, private: bool = True, token: s
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-        except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        except hub_errors() as error:
             raise DictionaryError(
-                f"Cannot upload to {repo_id}", found=error, fix="Check the name, the network and the token"
+                f"Cannot upload to {repo_id}",
+                found=f"{type(error).__name__}: {error}",
+                fix="Check the name, the network and the token; the dictionary itself is saved",
             ) from error
 
 
@@ -183,7 +200,9 @@ def card(dictionary: Dictionary, repo_id: str) -> str:
     """The model card: what the dictionary is, where it came from, how to load it."""
     rows = {**dictionary.describe(), **dictionary.metadata}
     rows.pop("metadata")
-    table = "\n".join(f"| {name} | `{value}` |" for name, value in rows.items())
+    # What a corpus or a model is called must not break out of its cell.
+    plain = {name: re.sub(r"[`|\s]+", " ", str(value)) for name, value in rows.items()}
+    table = "\n".join(f"| {name} | `{value}` |" for name, value in plain.items())
     return (
         "---\nlibrary_name: palimpsest\ntags: [sparse-autoencoder, interpretability]\n---\n"
         f"# {repo_id}\n\nA sparse dictionary.\n\n| | |\n|---|---|\n{table}\n\n"

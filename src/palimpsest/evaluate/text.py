@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from palimpsest.corpus import Corpus, TokenBatch
+from palimpsest.errors import CorpusError
 
 
 class CorpusBatches(Iterable[TokenBatch]):
@@ -28,7 +29,7 @@ def evaluation_batches(
     hold nothing but long documents.
 
     Raises:
-        CorpusError: The text cannot be read, or holds no document.
+        CorpusError: The text cannot be read, or holds no document or no token to measure.
     """
     found, documents = 0, 0
     for document in corpus.documents():
@@ -36,6 +37,11 @@ def evaluation_batches(
         documents = document.index + 1
         if tokens is not None and found >= tokens:
             break
+    if found == 0:
+        raise CorpusError(
+            f"The corpus {corpus.name} has no token to measure",
+            fix="Choose other roles, or measure all positions",
+        )
     options = replace(corpus.options, max_documents=documents)
     return CorpusBatches(
         Corpus(corpus.sources, corpus.tokenizer, name=corpus.name, options=options), tokens_per_batch

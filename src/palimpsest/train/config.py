@@ -1,13 +1,20 @@
 """The options of dictionary training: where activations come from, the recipe, and what happens beside it."""
 
+import math
+import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from palimpsest.dictionaries.config import Objective, Partition, TrainConfig
+from palimpsest.dictionaries.config import Partition, TrainConfig
 from palimpsest.errors import ConfigError
-from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions
+from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions, parse_count
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+REPOSITORY = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
+RESERVED = ("parts", "manifest.json", "training.jsonl", "training.parquet", "variants.json", "tensorboard")
+"""What a folder of several dictionaries holds beside them."""
 
 
 @Parameter(group="Training")
@@ -19,10 +26,11 @@ class TrainingOptions:
     """Tokens of a packed block of text; at most the model's context."""
 
     expansion: Count | None = None
-    """Latents per dimension of the activations, in place of --latents."""
+    """Latents per dimension of the activations, in place of --latents (and without --prefixes)."""
 
     buffer: Count | None = None
-    """Tokens that the shuffle buffer mixes; by default 64 batches, at most a sixteenth of the run and 1 GiB."""
+    """Tokens that the shuffle buffer mixes, two batches at least; by default 64 batches, at most a sixteenth of the run
+    and 1 GiB."""
 
     shuffle: Annotated[bool, Parameter(negative="--no-shuffle")] = True
     """Mix tokens in the buffer; without it they are taken as they come, neighbours together."""
@@ -57,6 +65,8 @@ class TrainingOptions:
                 raise ConfigError(f"{name} must be above 0", found=value)
         if self.push is not None and self.variant:
             raise ConfigError("--push uploads one dictionary", fix="Leave --variant out, or push later")
+        if self.push is not None and not REPOSITORY.fullmatch(self.push):
+            raise ConfigError("--push names no hub repository", expected="owner/name", found=self.push)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +108,7 @@ class TrainSaeConfig:
         _check_source(self.store, self.corpus, model=self.model)
         if self.training.eval_corpus and self.model is None:
             raise ConfigError("--eval-corpus runs the model", fix="Add --model")
-        if self.recipe.partition.total:
-            raise ConfigError("Only a crosscoder has latents of one model or shared ones")
+        check_recipe(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +161,7 @@ class TrainPairConfig:
                 "Training reads both models side by side",
                 fix="Leave --one-at-a-time out, or harvest into a store first",
             )
-        if self.view == "diff" and self.recipe.partition.total:
-            raise ConfigError("Only a crosscoder has latents of one model or shared ones")
+        check_recipe(self)
 
 
 def _check_source(store: str | None, corpus: tuple[str, ...], **models: str | None) -> None:
@@ -170,54 +178,94 @@ def _check_source(store: str | None, corpus: tuple[str, ...], **models: str | No
         )
 
 
+def check_recipe(config: TrainSaeConfig | TrainPairConfig) -> None:
+    """Refuse what contradicts itself between the recipe, its variants and the options beside it.
+
+    Raises:
+        ConfigError: `--expansion` beside a number of latents; bound latents where there is no pair to bind to.
+    """
+    recipes = [config.recipe, *variants(config.recipe, config.training.variant).values()]
+    sizes = {recipe.n_latents for recipe in recipes} - {TrainConfig.n_latents}
+    if config.training.expansion is not None and (sizes or any(recipe.prefixes for recipe in recipes)):
+        raise ConfigError(
+            "The number of latents is said twice", expected="--expansion, or --latents (with --prefixes)"
+        )
+    is_crosscoder = isinstance(config, TrainPairConfig) and config.view == "pair"
+    if not is_crosscoder and any(recipe.partition.total for recipe in recipes):
+        raise ConfigError("Only a crosscoder has latents of one model or shared ones")
+
+
 def variants(recipe: TrainConfig, texts: tuple[str, ...]) -> dict[str, TrainConfig]:
     """Recipes by the name of their folder, from texts such as `k=64,lr=1e-3` or `large:k=64`.
 
     Raises:
-        ConfigError: A text names no value of a recipe, or two make the same recipe.
+        ConfigError: A text names no value of a recipe, or its name is no folder name.
     """
     made: dict[str, TrainConfig] = {}
     for text in texts:
         said, colon, values = text.partition(":")
         changes = [part.partition("=")[::2] for part in (values if colon else text).split(",")]
-        name = said.strip() if colon else "-".join(f"{key.strip()}{value.strip()}" for key, value in changes)
-        changed = recipe
-        for key, value in changes:
-            changed = _changed(changed, key.strip().replace("-", "_"), value.strip(), text)
+        pairs = [(key.strip(), value.strip()) for key, value in changes]
+        name = said.strip() if colon else "-".join(key + value for key, value in pairs)
+        if not NAME.fullmatch(name) or name.casefold() in RESERVED or name.endswith("-evaluation.json"):
+            raise ConfigError(
+                "A variant's name is a folder name",
+                expected="up to 100 letters, digits, - _ and ., not the name of a file of the run",
+                found=repr(name),
+                fix="Name it yourself, as in small:latents=512",
+            )
         if name in made:
             raise ConfigError("Two variants have the same name", found=name)
-        made[name] = changed
+        made[name] = _changed(recipe, pairs, text)
     return made
 
 
-def _changed(recipe: TrainConfig, key: str, value: str, text: str) -> TrainConfig:
-    """A recipe with one value changed, wherever the value lives."""
-    key = {"latents": "n_latents", "compute_dtype": "dtype"}.get(key, key)
-    try:
-        if key in _plain(TrainConfig) and key not in ("view", "device"):
-            return replace(recipe, **{key: _read(getattr(recipe, key), value)})
-        for group in ("objective", "partition"):
-            held: Objective | Partition = getattr(recipe, group)
-            if key in _plain(type(held)):
-                return replace(recipe, **{group: replace(held, **{key: _read(getattr(held, key), value)})})
-    except ValueError as error:
-        raise ConfigError(f"The variant '{text}' cannot be read", found=error) from error
-    raise ConfigError(
-        f"The variant '{text}' changes nothing of a recipe",
-        expected="values such as k=64 or latents=8192,lr=1e-3",
-        found=key,
-    )
+def _changed(recipe: TrainConfig, pairs: list[tuple[str, str]], text: str) -> TrainConfig:
+    """A recipe with some values changed at once, wherever they live."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ConfigError(f"The variant '{text}' sets a value twice")
+    top: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {"objective": {}, "partition": {}}
+    for said, value in pairs:
+        key = said.replace("-", "_")
+        key = {"latents": "n_latents", "compute_dtype": "dtype"}.get(key, key)
+        homes = [top] * (key in _PLAIN) + [
+            held for group, held in groups.items() if key in _names(type(getattr(recipe, group)))
+        ]
+        if not homes:
+            raise ConfigError(
+                f"The variant '{text}' changes nothing of a recipe",
+                expected="values such as k=64 or latents=8192,lr=1e-3",
+                found=said or "no name",
+            )
+        try:
+            homes[0][key] = _read(key, value)
+        except (ValueError, ConfigError) as error:
+            raise ConfigError(f"The variant '{text}' cannot be read", found=error) from error
+    inner = {name: replace(getattr(recipe, name), **held) for name, held in groups.items() if held}
+    return replace(recipe, **top, **inner)
 
 
-def _plain(config: type[Any]) -> set[str]:
-    return {f.name for f in fields(config)} - {"objective", "partition", "prefixes", "seed"} | (
-        {"seed"} if config is TrainConfig else set()
-    )
+def _names(config: type[Any]) -> set[str]:
+    return {f.name for f in fields(config)}
 
 
-def _read(before: Any, text: str) -> Any:
-    """A value of the kind that the field holds; a field that may be absent holds a number."""
-    if isinstance(before, str):
+_PLAIN = _names(TrainConfig) - {"objective", "partition", "view", "device"}
+_TEXTS = ("activation", "dtype", "error", "sparsity")
+_COUNTS = {"n_latents", "tokens", "batch_size", "dead_after_tokens", *_names(Partition)}
+
+
+def _read(key: str, text: str) -> Any:
+    """A value of the kind that the field holds."""
+    if key in _TEXTS:
         return text
+    if key == "prefixes":
+        return tuple(parse_count(part, key) for part in text.split("+"))
+    if key in _COUNTS:
+        return 0 if text == "0" else parse_count(text, key)
+    if key == "seed":
+        return int(text)
     number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("it is not finite")
     return int(number) if number == int(number) and "e" not in text.lower() else number

@@ -22,14 +22,21 @@ from palimpsest.dictionaries import (
 from palimpsest.dictionaries.training.loop import SEVERAL
 from palimpsest.errors import ConfigError
 from palimpsest.evaluate import evaluate_dictionary, evaluation_batches
+from palimpsest.evaluate.text import CorpusBatches
 from palimpsest.log import progress
 from palimpsest.models import ModelPair
-from palimpsest.options import config_dict
+from palimpsest.options import RUN_ONLY, config_dict
 from palimpsest.train.config import TrainPairConfig, TrainSaeConfig, variants
 from palimpsest.train.source import ActivationSource, Stream, open_source
 from palimpsest.train.tracking import Tracks
 
 EVALUATION = "evaluation.json"
+
+VARIANTS = "variants.json"
+"""What a folder of several dictionaries holds, in short."""
+
+BESIDE = ("track", "push", "log_every", "checkpoint_every")
+"""Options that change nothing of the result: a run may go on with others."""
 
 BUFFER_SHARE = 16
 """The shuffle buffer holds at most this part of the run: what it holds at the end was read for nothing."""
@@ -72,8 +79,8 @@ def _only(config: TrainSaeConfig | TrainPairConfig) -> Dictionary:
 def _train(config: TrainSaeConfig | TrainPairConfig) -> dict[str, Dictionary]:
     """Dictionaries by the name of their variant; without variants the one dictionary, under no name."""
     check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
-    variants(config.recipe, config.training.variant)
     source = open_source(config)
+    held_out = _held_out(config, source)
     view = config.side if isinstance(config, TrainSaeConfig) else "diff" if config.view == "diff" else "base"
     recipe = replace(config.recipe, seed=config.run.seed, device=source.device, view=view)
     if config.training.expansion is not None:
@@ -82,20 +89,20 @@ def _train(config: TrainSaeConfig | TrainPairConfig) -> dict[str, Dictionary]:
     with RunFolder(
         config.run.out,
         stage=native.STAGE if "" in recipes else SEVERAL,
-        config=config_dict(replace(config, recipe=recipe)),
-        inputs=source.inputs,
+        config=config_dict(replace(config, recipe=recipe), drop=(*RUN_ONLY, *BESIDE)),
+        inputs=source.inputs | ({} if held_out is None else {"eval_corpus": held_out.corpus.fingerprint()}),
         seed=config.run.seed,
         device=source.device,
         resume=config.run.resume,
         overwrite=config.run.overwrite,
     ) as run:
         if run.already_complete:
-            return {name: load_dictionary(config.run.out / name) for name in recipes}
-        made = _run_training(config, source, recipes, run)
-        evaluations = {name: _evaluate(config, source, one) for name, one in made.items()}
-        for name, dictionary in made.items():
-            _write(run, name, dictionary, evaluations[name])
-        run.finish()
+            made = {name: load_dictionary(config.run.out / name) for name in recipes}
+        else:
+            made = _run_training(config, source, recipes, run)
+            evaluations = {name: _evaluate(config, source, one, held_out) for name, one in made.items()}
+            _write(run, made, evaluations, source)
+            run.finish()
     if config.training.push is not None:
         native.push(made[""], config.training.push)
     return made
@@ -176,26 +183,47 @@ def _stream(
     return buffer, buffer.close
 
 
-def _evaluate(
-    config: TrainSaeConfig | TrainPairConfig, source: ActivationSource, dictionary: Dictionary
-) -> dict[str, Any] | None:
-    """Figures on held-out text, also put into the dictionary's metadata; None when there is no such text."""
+def _held_out(config: TrainSaeConfig | TrainPairConfig, source: ActivationSource) -> CorpusBatches | None:
+    """The text that the result is measured on, read before anything is trained; None where none was given."""
     if not config.training.eval_corpus or source.live is None:
         return None
     model = source.live.base if isinstance(source.live, ModelPair) else source.live
-    corpus = Corpus(list(config.training.eval_corpus), model.tokenizer, options=config.corpora)
-    batches = evaluation_batches(corpus, config.training.eval_tokens, config.models.tokens_per_batch)
-    found = evaluate_dictionary(dictionary, source.live, batches, seed=config.run.seed)
+    options = config.corpora
+    if model.context is not None and options.max_length > model.context:
+        options = replace(options, max_length=model.context)
+    corpus = Corpus(list(config.training.eval_corpus), model.tokenizer, options=options)
+    return evaluation_batches(corpus, config.training.eval_tokens, config.models.tokens_per_batch)
+
+
+def _evaluate(
+    config: TrainSaeConfig | TrainPairConfig,
+    source: ActivationSource,
+    dictionary: Dictionary,
+    held_out: CorpusBatches | None,
+) -> dict[str, Any] | None:
+    """Figures on held-out text, also put into the dictionary's metadata."""
+    if held_out is None or source.live is None:
+        return None
+    found = evaluate_dictionary(dictionary, source.live, held_out, seed=config.run.seed)
     dictionary.metadata["evaluation"] = found.metrics | {"corpus": list(config.training.eval_corpus)}
     return found.to_dict()
 
 
-def _write(run: RunFolder, name: str, dictionary: Dictionary, evaluation: dict[str, Any] | None) -> None:
-    if not name:
-        native.write_files(run, dictionary)
-        if evaluation is not None:
-            run.write_json(EVALUATION, evaluation)
-        return
-    native.save(dictionary, run.path / name, overwrite=True)
-    if evaluation is not None:
-        run.write_json(f"{name}-{EVALUATION}", evaluation)
+def _write(
+    run: RunFolder,
+    made: Mapping[str, Dictionary],
+    evaluations: Mapping[str, dict[str, Any] | None],
+    source: ActivationSource,
+) -> None:
+    """The dictionary in the run's own folder, or each of several in a folder of its name."""
+    for name, dictionary in made.items():
+        if not name:
+            native.write_files(run, dictionary)
+        else:
+            native.save(dictionary, run.path / name, overwrite=True, inputs=source.inputs)
+        if evaluations[name] is not None:
+            run.write_json(f"{name}-{EVALUATION}" if name else EVALUATION, evaluations[name])
+    if "" not in made:
+        figures = {name: {"k": one.k, **one.metadata["metrics"]} for name, one in made.items()}
+        first = next(iter(made.values()))
+        run.write_json(VARIANTS, {"site": first.site, "view": first.view, "dictionaries": figures})

@@ -94,6 +94,7 @@ def _from_text(config: TrainSaeConfig | TrainPairConfig, live: LanguageModel | M
     inputs = {"corpus": corpus.fingerprint()} | _model_inputs(config, live)
     metadata = _names(config) | {
         "revision": config.models.revision,
+        "tuned_revision": config.models.tuned_revision,
         "site": site,
         "corpus": list(config.corpus),
     }
@@ -142,9 +143,14 @@ def _after(blocks: Iterable[TokenBatch], position: int) -> tuple[Iterator[TokenB
 def _from_store(
     config: TrainSaeConfig | TrainPairConfig, store: ActivationStore, live: LanguageModel | ModelPair | None
 ) -> ActivationSource:
-    if config.site not in store.sites:
+    model = live.base if isinstance(live, ModelPair) else live
+    site = config.site if model is None else model.sites.canonical(config.site)
+    if site not in store.sites:
         raise ConfigError(
-            f"{config.store} does not hold {config.site}", expected=", ".join(store.sites), found=config.site
+            f"{config.store} does not hold {config.site}",
+            expected=", ".join(store.sites),
+            found=config.site,
+            fix=None if model else "An address such as resid_post.50% needs the model beside the store",
         )
     side = getattr(config, "side", None)
     if len(store.models) == 1 and side != "base":
@@ -157,14 +163,16 @@ def _from_store(
         check_store(store, live, side=side or "base")
 
     def stream(position: int) -> Stream:
-        for acts in store.stream(config.site, position, seed=config.run.seed):
+        for acts in store.stream(site, position, seed=config.run.seed):
             yield view_of(acts, config) if acts.shape[1] == 2 else acts
 
     harvested = open_artifact(str(config.store), stage="store", verify=False).manifest["config"]
     metadata = {"model": harvested.get(side)} if side else {n: harvested.get(n) for n in ("base", "tuned")}
+    options = harvested.get("models") or {}
     metadata |= {
-        "revision": (harvested.get("models") or {}).get("revision"),
-        "site": config.site,
+        "revision": options.get("tuned_revision" if side == "tuned" else "revision"),
+        "tuned_revision": None if side else options.get("tuned_revision"),
+        "site": site,
         "corpus": harvested.get("corpus"),
     }
     device = config.models.device or ("cuda" if torch.cuda.is_available() else "cpu")

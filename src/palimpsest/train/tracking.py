@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from palimpsest.artifacts import RunFolder
+from palimpsest.artifacts import RunFolder, disk
 from palimpsest.errors import ConfigError
 
 LOG = "training.jsonl"
@@ -42,14 +43,18 @@ class Tracks:
 
     def add(self, figures: Mapping[str, Any]) -> None:
         """Write one report."""
-        self._lines.write(json.dumps(dict(figures)) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps(dict(figures)) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise disk.write_error(self._run.file(LOG), error) from error
         for log, _ in self._open:
             log(figures)
 
     def close(self) -> None:
         """Let go of the file and the trackers."""
-        self._lines.close()
+        with suppress(OSError):  # what could not be written was reported
+            self._lines.close()
         for _, close in self._open:
             close()
 
@@ -90,7 +95,14 @@ def _service(name: str) -> Callable[[Path, dict[str, Any]], Tracker]:
 
     def start(folder: Path, config: dict[str, Any]) -> Tracker:
         library = _need(name)
-        run = library.init(project="palimpsest", name=folder.name, config=config)
+        try:
+            run = library.init(project="palimpsest", name=folder.name, config=config)
+        except Exception as error:  # each service has errors of its own for a missing key or network
+            raise ConfigError(
+                f"--track {name} cannot start",
+                found=error,
+                fix=f"Log in to {name}, set it offline, or leave --track out",
+            ) from error
 
         def log(figures: Mapping[str, Any]) -> None:
             run.log(_numbers(figures), step=figures["tokens"])

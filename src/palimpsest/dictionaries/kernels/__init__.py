@@ -228,12 +228,14 @@ def largest(
     return ops.largest(pre, k) if pre.dtype == torch.float32 and hasattr(ops, "largest") else None
 
 
+@torch.no_grad()
 def above(pre: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"]) -> Sparse | None:
     """`encode_above` for pre-activations that are there already; None where PyTorch is to do it."""
     ops = _ops(pre)
     return ops.above(pre, threshold) if pre.dtype == torch.float32 and hasattr(ops, "above") else None
 
 
+@torch.no_grad()
 def normalise_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Scale every row to norm 1, in place; a row of zeros stays."""
     return _ops(rows).normalise_rows_(rows)

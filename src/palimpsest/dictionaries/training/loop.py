@@ -26,6 +26,9 @@ from palimpsest.log import log
 
 CHECKPOINT = "checkpoint.safetensors"
 BAD_BATCH = "bad-batch.safetensors"
+LAST = "last"
+"""The last batch, in the checkpoint of a run that has taken all its steps but is not finished."""
+
 SEVERAL = "dictionaries"
 """Stage of a folder that holds several dictionaries of one stream."""
 
@@ -190,15 +193,16 @@ def _loop(
     lanes, state = {}, {}
     if place is not None and place.exists():
         lanes, state = checkpoint.load(configs, place)
+    last = state.pop(LAST, None)
     if state and isinstance(batches, Resumable):
         batches.load_state_dict(state)
     step = min((lane.step for lane in lanes.values()), default=0)
-    last, clock = None, _Clock(step * config.batch_size)
+    clock = _Clock(step * config.batch_size)
     for x in _batches(batches, config) if step < config.steps else ():
         last, step = x, step + 1
         done = step >= config.steps
         report = step % config.log_every == 0 or done
-        save = place is not None and step % config.checkpoint_every == 0 and not done
+        save = place is not None and (step % config.checkpoint_steps == 0 or done)
         try:
             lanes = lanes or {name: Trainer.start(one, x) for name, one in configs.items()}
             made = {name: lane.advance(x) for name, lane in lanes.items()}
@@ -209,7 +213,8 @@ def _loop(
         if report and on_step is not None:
             _report(lanes, made, on_step, clock)
         if save and place is not None:
-            stream = batches.state_dict() if isinstance(batches, Resumable) else None
+            # At the end the stream is done with; its last batch is what the result is measured on.
+            stream = {LAST: x} if done else batches.state_dict() if isinstance(batches, Resumable) else {}
             with disk.replacing(place) as temporary:
                 checkpoint.save(lanes, temporary, stream)
         if done:
@@ -297,6 +302,7 @@ def _report(
 def _finish(trainer: Trainer, last: Tensor | None, metadata: Mapping[str, Any]) -> Dictionary:
     """Fold, and measure the result the way it will be used."""
     recipe = recipe_of(trainer.config) | {"dtype": trainer.precision}
+    del recipe["view"]  # the dictionary says it itself, and of a pair the recipe's means nothing
     made = trainer.finished({**metadata, "tokens": trainer.tokens, "recipe": recipe})
     metrics: dict[str, Any] = {"dead_share": trainer.dead_share()}
     if last is not None:
