@@ -11,16 +11,17 @@ audit=("$text"/{general,web,math,code}.audit.jsonl)
 site=resid_post.1
 palimpsest harvest "$zoo/base" --tuned "$zoo/math" --site $site --corpus "${train[@]}" --max-length 256 \
   --resume --out "$out/store"
-size=(--latents 4096 --k 32 --tokens 2M --resume)
+size=(--latents 4096 --k 32 --tokens 2M --log-every 200 --resume)
 held=(--eval-corpus "${audit[@]}" --eval-tokens 40k --max-length 192)
-# One forward pass and one stream for all SAEs of a model, each in a folder of its own.
-palimpsest train sae --store "$out/store" --model "$zoo/base" --site $site "${size[@]}" "${held[@]}" --out "$out/base" \
-  --variant topk:activation=topk batch_topk:activation=batch_topk relu:activation=relu,sparsity-weight=0.05 jumprelu:activation=jumprelu,sparsity-weight=1
-palimpsest train sae --store "$out/store" --model "$zoo/base" --site $site "${size[@]}" "${held[@]}" --out "$out/base-matryoshka" \
-  --activation batch_topk --prefixes 256 1024 4096
-palimpsest train sae --store "$out/store" --model "$zoo/math" --side tuned --site $site "${size[@]}" "${held[@]}" --out "$out/tuned" \
+base=(--store "$out/store" --model "$zoo/base" --site $site "${held[@]}")
+pair=(--store "$out/store" --base "$zoo/base" --tuned "$zoo/math" --site $site "${held[@]}")
+# Several dictionaries on one stream, each in a folder of its own.
+palimpsest train sae "${base[@]}" "${size[@]}" --out "$out/base" \
+  --variant topk:activation=topk batch_topk:activation=batch_topk matryoshka:activation=batch_topk,prefixes=256+1024+4096
+palimpsest train sae "${base[@]}" --latents 4096 --k 32 --tokens 500k --resume --out "$out/base-penalised" \
+  --variant relu:activation=relu,sparsity-weight=0.3 jumprelu:activation=jumprelu,sparsity-weight=2
+palimpsest train sae --store "$out/store" --model "$zoo/math" --side tuned --site $site "${held[@]}" "${size[@]}" --out "$out/tuned" \
   --activation batch_topk
-palimpsest train diff-sae --store "$out/store" --base "$zoo/base" --tuned "$zoo/math" --site $site "${size[@]}" "${held[@]}" --out "$out/diff" \
-  --activation batch_topk
-palimpsest train crosscoder --store "$out/store" --base "$zoo/base" --tuned "$zoo/math" --site $site "${size[@]}" "${held[@]}" --out "$out/crosscoder" \
-  --variant topk:activation=topk batch_topk:activation=batch_topk bound:activation=batch_topk,tuned-only=64,shared=256 relu:activation=relu,sparsity-weight=0.05
+palimpsest train diff-sae "${pair[@]}" "${size[@]}" --out "$out/diff" --activation batch_topk
+palimpsest train crosscoder "${pair[@]}" "${size[@]}" --out "$out/crosscoder" \
+  --variant topk:activation=topk batch_topk:activation=batch_topk bound:activation=batch_topk,tuned_only=64,shared=256

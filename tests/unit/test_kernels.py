@@ -382,3 +382,28 @@ def test_a_failed_build_leaves_one_line(tmp_path, monkeypatch, caplog):
         assert build.library() is None
     assert sum("not available" in record.message for record in caplog.records) == 1
     assert not list(tmp_path.rglob("*.so"))
+
+
+@pytest.mark.skipif(not native.available(), reason="the C++ kernels cannot be built here: no compiler")
+def test_native_kernels_take_nothing_for_what_it_is_not():
+    """C++ reads raw memory: another type, place or length is refused or goes to PyTorch."""
+    x, weight, bias = torch.randn(5, 8), torch.randn(12, 8), torch.randn(12)
+    value, index = (part.reshape(-1) for part in kernels.encode_topk(x, weight, bias, 3))
+    crow = torch.arange(6) * 3
+    for arguments in (
+        (crow.int(), index, value, weight),
+        (crow, index.int(), value, weight),
+        (crow, index, value.double(), weight),
+        (crow * 2, index, value, weight),
+        (crow, index, value[:-1], weight),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            kernels.row_sum(*arguments)
+    with pytest.raises((TypeError, ValueError)):
+        kernels.encode_topk(x, weight, bias[:1], 3)
+    rows = torch.randn(3, 4).bfloat16()
+    torch.testing.assert_close(
+        kernels.normalise_rows_(rows.clone()).norm(dim=1).float(), torch.ones(3), atol=1e-2, rtol=0
+    )
+    halves = kernels.encode_topk(x.bfloat16(), weight.bfloat16(), bias.bfloat16(), 3)
+    assert halves[0].dtype == torch.bfloat16

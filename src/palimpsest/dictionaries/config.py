@@ -1,6 +1,7 @@
 """How a dictionary is trained, as one frozen dataclass. Imports no torch."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -14,6 +15,12 @@ LONGEST_DEAD = 10_000_000
 
 ANNEAL_FROM = 4
 """How many times the final k annealing starts from."""
+
+NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+"""What one of several dictionaries may be called: it is a folder's name."""
+
+RESERVED = ("parts", "manifest.json", "training.jsonl", "training.parquet", "variants.json", "tensorboard")
+"""Names that a folder of several dictionaries has for something else."""
 
 TRAINABLE = ("topk", "batch_topk", "relu", "jumprelu")
 FIXED = ("topk", "batch_topk")
@@ -52,13 +59,13 @@ class Objective:
         if self.sparsity not in (None, *PENALTIES):
             raise ConfigError("Unknown sparsity penalty", expected=", ".join(PENALTIES), found=self.sparsity)
         weights = (self.auxk_alpha, self.sparsity_weight, self.shared_penalty, self.preact_weight)
-        if min(weights) < 0:
-            raise ConfigError("Loss weights cannot be negative", found=weights)
+        if not all(0 <= weight < math.inf for weight in weights):
+            raise ConfigError("Loss weights cannot be negative, and must be finite", found=weights)
         if not 0 <= self.sparsity_warmup <= 1:
             raise ConfigError(
                 "sparsity_warmup is a share of the run", expected="0 to 1", found=self.sparsity_warmup
             )
-        if self.bandwidth <= 0:
+        if not 0 < self.bandwidth < math.inf:
             raise ConfigError("bandwidth must be above 0", found=self.bandwidth)
 
 
@@ -138,8 +145,9 @@ class TrainConfig:
             raise ConfigError(
                 "This activation cannot be trained", expected=", ".join(TRAINABLE), found=self.activation
             )
-        for name in ("n_latents", "tokens", "batch_size", "log_every", "checkpoint_every", "clip"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+        counts = ("n_latents", "tokens", "batch_size", "dead_after_tokens", "log_every", "checkpoint_every")
+        for name in (*counts, "clip", "lr"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} must be above 0", found=value)
         if self.batch_size > self.tokens:
             raise ConfigError(
@@ -152,8 +160,12 @@ class TrainConfig:
                 raise ConfigError(
                     f"{name} is a share of the run", expected="0 to 1", found=getattr(self, name)
                 )
-        if self.lr is not None and self.lr <= 0:
-            raise ConfigError("The learning rate must be above 0", found=self.lr)
+        if self.batch_size < 2:
+            raise ConfigError("A batch of one token has no spread to explain", expected="at least 2")
+        if self.view not in ("base", "tuned", "diff"):
+            raise ConfigError(
+                "Unknown view of one activation", expected="base, tuned or diff", found=self.view
+            )
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError("Training runs in float32 or bfloat16", found=self.dtype)
         self._check_structure()
@@ -212,7 +224,7 @@ class TrainConfig:
         """Tokens without activity after which a latent is dead."""
         if self.dead_after_tokens is not None:
             return self.dead_after_tokens
-        return min(LONGEST_DEAD, self.tokens // 10)
+        return max(1, min(LONGEST_DEAD, self.tokens // 10))
 
     def lr_at(self, step: int) -> float:
         """The learning rate of a step, counted from 0."""

@@ -7,14 +7,11 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from palimpsest.dictionaries.config import Partition, TrainConfig
+from palimpsest.dictionaries.config import NAME, RESERVED, Partition, TrainConfig
 from palimpsest.errors import ConfigError
 from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions, RunOptions, parse_count
 
-NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 REPOSITORY = re.compile(r"[A-Za-z0-9_.-]+/[A-Za-z0-9_.-]+")
-RESERVED = ("parts", "manifest.json", "training.jsonl", "training.parquet", "variants.json", "tensorboard")
-"""What a folder of several dictionaries holds beside them."""
 
 
 @Parameter(group="Training")

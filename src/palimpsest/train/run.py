@@ -162,7 +162,8 @@ def _stream(
     def ahead(position: int) -> Stream:
         # A model on the CPU works on the same cores as the trainer: reading ahead would only fight it.
         stream = source.stream(position)
-        return prefetch(stream) if source.from_disk or on_gpu else stream
+        device = recipe.device if on_gpu else None
+        return prefetch(stream, device=device) if source.from_disk or on_gpu else stream
 
     if not config.training.shuffle:
         stream = source.stream(start)

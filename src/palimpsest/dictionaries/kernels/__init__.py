@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module, util
 from types import ModuleType
@@ -28,12 +29,12 @@ BACKENDS = ("torch", "native", "triton")
 PRECISIONS = ("float32", "bfloat16")
 """Types that the encode GEMM may run in."""
 
-_forced: list[str] = []
+_forced: ContextVar[str | None] = ContextVar("forced", default=None)
 
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one backend inside the block, in all threads.
+    """Force one backend inside the block, in this thread.
 
     Args:
         name: One of `BACKENDS`, or auto.
@@ -42,11 +43,11 @@ def use(name: str) -> Iterator[None]:
         ConfigError: The name is none of these, or the backend cannot be had here.
     """
     _demand(name, "kernels.use")
-    _forced.append(name)
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced.pop()
+        _forced.reset(token)
 
 
 def backend(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> str:
@@ -56,8 +57,8 @@ def backend(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float
         ConfigError: PALIMPSEST_KERNELS names none, or one that cannot be had here.
     """
     kind = torch.device(device).type
-    wanted = _forced[-1] if _forced else _from_environment()
-    if dtype not in (torch.float32, torch.bfloat16):
+    wanted = _forced.get() or _from_environment()
+    if dtype != torch.float32 and not (dtype == torch.bfloat16 and kind == "cuda"):
         return "torch"
     if wanted != "auto":
         return "torch" if wanted == "native" and kind != "cpu" else wanted

@@ -80,7 +80,7 @@ def row_sum(
     rows: Float[Tensor, "n_rows d"],
 ) -> Float[Tensor, "n d"]:
     """See `kernels.row_sum`."""
-    crow, index, value, rows = crow.contiguous(), index.contiguous(), value.contiguous(), rows.contiguous()
+    (value, rows), (crow, index) = _floats(value, rows), _entries(crow, index, value)
     n, d = crow.shape[0] - 1, rows.shape[1]
     out = rows.new_empty(n, d)
     inputs = _at(crow), _at(index), _at(value), _at(rows)
@@ -95,7 +95,9 @@ def row_dot(
     right: Float[Tensor, "n_rows d"],
 ) -> Float[Tensor, " entries"]:
     """See `kernels.row_dot`."""
-    crow, index, left, right = crow.contiguous(), index.contiguous(), left.contiguous(), right.contiguous()
+    (left, right), (crow, index) = _floats(left, right), _entries(crow, index)
+    _same(left.shape[1], right.shape[1], "width")
+    _same(left.shape[0], crow.shape[0] - 1, "rows")
     out = left.new_empty(index.shape[0])
     inputs = _at(crow), _at(index), _at(left), _at(right)
     sizes = left.shape[0], right.shape[0], left.shape[1]
@@ -105,7 +107,7 @@ def row_dot(
 
 def by_latent(crow: Int[Tensor, " n_and_one"], index: Int[Tensor, " entries"], n_latents: int) -> Grouped:
     """See `kernels.by_latent`."""
-    crow, index = crow.contiguous(), index.contiguous()
+    crow, index = _entries(crow, index)
     grouped = Grouped(index.new_empty(n_latents + 1), torch.empty_like(index), torch.empty_like(index))
     outputs = [_at(part) for part in grouped]
     sizes = crow.shape[0] - 1, n_latents
@@ -127,7 +129,7 @@ def encode_topk(
     del exact
     x, weight, bias, scale = _contiguous(x, weight, bias, scale)
     m, d = weight.shape
-    value, index = x.new_empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.long)
+    value, index = x.new_empty(x.shape[0], k), torch.empty(x.shape[0], k, dtype=torch.long, device="cpu")
     rough = precision == "bfloat16"
     wanted = min(m, torch_ops.candidates(k)) if rough else k
     for part, tile in torch_ops.products(x, weight, precision):
@@ -154,7 +156,7 @@ def encode_batch_topk(
     margin = torch_ops.MARGIN if rough else 0.0
     start = max(0.0, guess or 0.0) * (1 - 2 * margin)
     most = min(count, x.shape[0] * weight.shape[0])
-    crow = torch.empty(x.shape[0] + 1, dtype=torch.long)
+    crow = torch.empty(x.shape[0] + 1, dtype=torch.long, device="cpu")
     index, value, smallest = crow.new_empty(most), x.new_empty(most), x.new_empty(())
     kept = INCOMPLETE
     while kept == INCOMPLETE:
@@ -177,7 +179,7 @@ def encode_above(
 ) -> Sparse:
     """See `kernels.encode_above`."""
     x, weight, bias, floor = _contiguous(x, weight, bias, threshold)
-    crow, held = torch.empty(x.shape[0] + 1, dtype=torch.long), 0
+    crow, held = torch.empty(x.shape[0] + 1, dtype=torch.long, device="cpu"), 0
     with _batch(0, 0.0, 0.0) as batch:
         for _, tile in torch_ops.products(x, weight, "float32"):
             sizes = tile.shape[0], weight.shape[0], _at(bias), _at(floor), torch.get_num_threads()
@@ -191,9 +193,9 @@ def largest(
     pre: Float[Tensor, "tokens latents"], k: int
 ) -> tuple[Float[Tensor, "tokens k"], Int[Tensor, "tokens k"]]:
     """See `kernels.largest`."""
-    pre = pre.contiguous()
+    (pre,) = _floats(pre)
     tokens, m = pre.shape
-    value, index = pre.new_empty(tokens, k), torch.empty(tokens, k, dtype=torch.long)
+    value, index = pre.new_empty(tokens, k), torch.empty(tokens, k, dtype=torch.long, device="cpu")
     bias = _zeros(m)
     outputs = _at(value), _at(index), torch.get_num_threads()
     _call("topk", _at(pre), False, tokens, m, _at(bias), None, k, k, None, None, 0, *outputs)
@@ -202,9 +204,10 @@ def largest(
 
 def above(pre: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " latents"]) -> Sparse:
     """See `kernels.above`."""
-    pre, floor = pre.contiguous(), threshold.contiguous()
+    pre, floor = _floats(pre, threshold)
     tokens, m = pre.shape
-    bias, crow = _zeros(m), torch.empty(tokens + 1, dtype=torch.long)
+    _same(floor.shape[0], m, "thresholds")
+    bias, crow = _zeros(m), torch.empty(tokens + 1, dtype=torch.long, device="cpu")
     with _batch(0, 0.0, 0.0) as batch:
         sizes = tokens, m, _at(bias), _at(floor), torch.get_num_threads()
         held = _call("above_add", batch, _at(pre), *sizes)
@@ -216,7 +219,7 @@ def above(pre: Float[Tensor, "tokens latents"], threshold: Float[Tensor, " laten
 @cache
 def _zeros(size: int) -> Tensor:
     """The bias of what has one already."""
-    return torch.zeros(size)
+    return torch.zeros(size, dtype=torch.float32, device="cpu")
 
 
 @contextmanager
@@ -232,17 +235,44 @@ def _batch(count: int, start: float, margin: float) -> Iterator[int]:
 
 
 def _contiguous(x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None):
-    return (
-        x.contiguous(),
-        weight.contiguous(),
-        bias.contiguous(),
-        None if scale is None else scale.contiguous(),
-    )
+    """What an encode function works on, in the form that C++ reads."""
+    x, weight, bias = _floats(x, weight, bias)
+    _same(x.shape[1], weight.shape[1], "width")
+    _same(bias.shape[0], weight.shape[0], "biases")
+    if scale is not None:
+        (scale,) = _floats(scale)
+        _same(scale.shape[0], weight.shape[0], "scales or thresholds")
+    return x, weight, bias, scale
+
+
+def _floats(*tensors: Tensor) -> list[Tensor]:
+    """Contiguous tensors, once they are what C++ will take them for."""
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+            raise TypeError(f"native kernels read float32 on the CPU, not {tensor.dtype} on {tensor.device}")
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _entries(crow: Tensor, index: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    for tensor in (crow, index):
+        if tensor.dtype != torch.long or tensor.device.type != "cpu":
+            raise TypeError(
+                f"native kernels read int64 indices on the CPU, not {tensor.dtype} on {tensor.device}"
+            )
+    _same(int(crow[-1]), index.shape[0], "entries")
+    if value is not None:
+        _same(value.shape[0], index.shape[0], "values")
+    return crow.contiguous(), index.contiguous()
+
+
+def _same(found: int, expected: int, what: str) -> None:
+    if found != expected:
+        raise ValueError(f"{found} {what} where {expected} belong")
 
 
 def normalise_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """See `kernels.normalise_rows_`."""
-    if not rows.is_contiguous():
+    if not rows.is_contiguous() or rows.dtype != torch.float32:
         return torch_ops.normalise_rows_(rows)
     _call("normalise_rows", _at(rows), *rows.shape, torch.get_num_threads())
     return rows
@@ -250,7 +280,8 @@ def normalise_rows_(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
 
 def project_rows_(gradient: Float[Tensor, "n d"], rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """See `kernels.project_rows_`."""
-    if not (gradient.is_contiguous() and rows.is_contiguous()):
+    plain = gradient.is_contiguous() and rows.is_contiguous() and gradient.shape == rows.shape
+    if not plain or {gradient.dtype, rows.dtype} != {torch.float32}:
         return torch_ops.project_rows_(gradient, rows)
     _call("project_rows", _at(gradient), _at(rows), *gradient.shape, torch.get_num_threads())
     return gradient

@@ -281,7 +281,11 @@ def tiles(x: Tensor, weight: Tensor, bias: Tensor, precision: str) -> Iterator[t
         if product.dtype == x.dtype:
             yield part, product.add_(bias)
         else:
-            wide = torch.empty(product.shape, device=x.device) if wide is None else wide[: product.shape[0]]
+            wide = (
+                torch.empty(product.shape, dtype=torch.float32, device=x.device)
+                if wide is None
+                else wide[: product.shape[0]]
+            )
             yield part, torch.add(product, bias, out=wide)
 
 
@@ -305,7 +309,7 @@ def _scratch(like: Tensor, size: int) -> Tensor:
     if like.dtype not in held or held[like.dtype].shape[0] < size:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            held[like.dtype] = torch.empty(size, dtype=like.dtype)
+            held[like.dtype] = torch.empty(size, dtype=like.dtype, device="cpu")
     return held[like.dtype][:size]
 
 

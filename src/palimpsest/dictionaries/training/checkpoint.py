@@ -18,7 +18,8 @@ from palimpsest.dictionaries.training.weights import Weights
 from palimpsest.errors import ArtifactError
 
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-_STREAM = "stream."
+_STREAM = "::"
+"""Before what belongs to the stream; no dictionary's name begins so."""
 
 
 def save(trainers: Mapping[str, Trainer], path: Path, stream: Mapping[str, Tensor] | None = None) -> None:

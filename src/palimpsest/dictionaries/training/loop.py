@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palimpsest.artifacts import RunFolder, disk
 from palimpsest.dictionaries import native
-from palimpsest.dictionaries.config import TrainConfig
+from palimpsest.dictionaries.config import NAME, RESERVED, TrainConfig
 from palimpsest.dictionaries.dictionary import Dictionary
 from palimpsest.dictionaries.training import checkpoint
 from palimpsest.dictionaries.training.step import Forward
@@ -167,13 +167,11 @@ def _check_together(configs: Mapping[str, TrainConfig]) -> None:
     if not configs:
         raise ConfigError("There is nothing to train", expected="at least one recipe")
     for name in configs:
-        if (
-            not name
-            or not name.replace("-", "").replace("_", "").replace(".", "").isalnum()
-            or name[0] == "."
-        ):
+        if not NAME.fullmatch(name) or name.casefold() in RESERVED:
             raise ConfigError(
-                "A dictionary's name is a folder name", expected="letters, digits, - _ .", found=name
+                "A dictionary's name is a folder name",
+                expected=f"up to 100 letters, digits, - _ and ., none of {', '.join(RESERVED)}",
+                found=repr(name),
             )
     for field in ("batch_size", "tokens", "device", "log_every", "checkpoint_every"):
         values = {getattr(config, field) for config in configs.values()}
@@ -198,7 +196,7 @@ def _loop(
         batches.load_state_dict(state)
     step = min((lane.step for lane in lanes.values()), default=0)
     clock = _Clock(step * config.batch_size)
-    for x in _batches(batches, config) if step < config.steps else ():
+    for x in _batches(batches, config, begun=step > 0) if step < config.steps else ():
         last, step = x, step + 1
         done = step >= config.steps
         report = step % config.log_every == 0 or done
@@ -219,6 +217,8 @@ def _loop(
                 checkpoint.save(lanes, temporary, stream)
         if done:
             break
+    for lane in lanes.values():
+        lane.check()
     if not lanes:
         raise ConfigError("There is nothing to train on", expected="at least one batch of activations")
     if step < config.steps:
@@ -259,12 +259,18 @@ class _Clock:
 
 
 def _batches(
-    batches: Iterable[Tensor], config: TrainConfig
+    batches: Iterable[Tensor], config: TrainConfig, *, begun: bool
 ) -> Iterator[Float[Tensor, "tokens models d_model"]]:
-    """Cut the stream into batches of one size; a rest is used only when it is all there is."""
+    """Cut the stream into batches of one size; a rest is used only when it is all there ever was.
+
+    Raises:
+        DictionaryError: The stream changes its width.
+        ConfigError: A stream with a state of its own gives pieces of another size: what is left of a piece would be
+            in no checkpoint.
+    """
     kept: list[Tensor] = []
     shape: torch.Size | None = None
-    count, cut = 0, False
+    count, cut = 0, begun
     for piece in batches:
         x = piece[:, None] if piece.ndim == 2 else piece
         if x.ndim != 3 or (shape is not None and x.shape[1:] != shape):
@@ -274,6 +280,12 @@ def _batches(
                 found=f"shape {list(piece.shape)}",
             )
         shape = x.shape[1:]
+        if isinstance(batches, Resumable) and len(x) > config.batch_size:
+            raise ConfigError(
+                "The stream's batches are not those of the recipe",
+                expected=f"batches of {config.batch_size} tokens",
+                found=len(x),
+            )
         kept.append(x.to(config.device, non_blocking=True))
         count += x.shape[0]
         if count < config.batch_size:
@@ -290,7 +302,7 @@ def _batches(
 def _report(
     lanes: Mapping[str, Trainer], made: Mapping[str, Forward], on_step: OnStep, clock: _Clock
 ) -> None:
-    """Hand the figures of a step to the caller; the only place that waits for the device."""
+    """Hand the figures of a step to the caller; waits for the device."""
     tokens = next(iter(lanes.values())).tokens
     rate = clock.rate(tokens)
     for name, lane in lanes.items():

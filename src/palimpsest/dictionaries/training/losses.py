@@ -1,7 +1,7 @@
 """Training losses as named terms; the objective is nothing but their weighted sum.
 
-Every term is divided by what the batch itself offers (its variance, its norm), so that one weight means the same
-at every site and width.
+Terms do not depend on the scale of the activations: errors and L1 are divided by what the batch itself offers (its
+spread, its norm), the others take activations whose norm is sqrt(d_model) on average.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+LEAST_SPREAD = 0.03
+"""What is taken for the spread of a batch whose tokens are all alike, as a share of their norm."""
 
 
 class Losses(NamedTuple):
@@ -46,7 +49,8 @@ def unsquared(
     without the divisor.
     """
     target = target.detach()
-    divisor = (target - target.mean(dim=0)).norm(dim=2).mean().clamp(min=1e-12)
+    divisor = (target - target.mean(dim=0)).norm(dim=2).mean()
+    divisor = divisor.clamp(min=LEAST_SPREAD * target.norm(dim=2).mean() + 1e-12)
     # The norm has no derivative at 0, where its subgradient 0 would be NaN.
     return ((target - output).square().sum(dim=2) + 1e-12).sqrt().mean() / divisor
 
@@ -134,4 +138,5 @@ def pre_activation(
 def _deviation(target: Tensor) -> Float[Tensor, ""]:
     """Squared distance to the mean of the batch, a constant; never zero."""
     target = target.detach()
-    return (target - target.mean(dim=0)).square().sum().clamp(min=1e-12)
+    spread = (target - target.mean(dim=0)).square().sum()
+    return spread.clamp(min=LEAST_SPREAD**2 * target.square().sum() + 1e-12)

@@ -162,12 +162,13 @@ def _decode(weights: Weights, entries: _Entries, config: TrainConfig) -> list[Te
     if not config.prefixes:
         return [decode(value, weights.dec, weights.b_dec, crow, index, grouped)]
     groups = len(config.prefixes)
-    ends = torch.tensor(config.prefixes, device=index.device)
     with torch.no_grad():
         tokens = len(crow) - 1
         row = torch.arange(tokens, device=index.device).repeat_interleave(crow.diff(), output_size=len(index))
         # Entries of a token are ordered by latent, so each (token, prefix) owns one stretch of them.
-        stretch = row * groups + torch.bucketize(index, ends, right=True)
+        stretch = row * groups
+        for end in config.prefixes[:-1]:
+            stretch += index >= end
         counts = torch.zeros(tokens * groups + 1, dtype=torch.long, device=index.device)
         counts.index_add_(0, stretch + 1, torch.ones_like(stretch))
         fine = kernels.Grouped(grouped.crow, stretch[grouped.place], grouped.place)

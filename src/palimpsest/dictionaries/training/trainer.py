@@ -53,10 +53,11 @@ class Trainer:
         self.threshold = torch.zeros((), device=device)
         self.bad_step = torch.full((), -1, dtype=torch.long, device=device)
         self.bad_batch: Tensor | None = None
-        self.density = 1.0
+        self.density, self.full = 1.0, True
         self.step = self.tokens = 0
 
     @classmethod
+    @torch.inference_mode(False)
     def start(cls, config: TrainConfig, first: Float[Tensor, "tokens models d_model"]) -> Trainer:
         """Initialise from the first batch: scales, decoder bias, random directions.
 
@@ -83,27 +84,31 @@ class Trainer:
         Raises:
             NumericsError: On the CPU, the batch or the loss holds NaN or infinity. Elsewhere `check` tells.
         """
-        scaled = x.float() * self.scale[:, None]
         if self.step % DEAD_REFRESH == 0:
             self.dead = (self.idle >= self.config.dead_after).nonzero().squeeze(1)
-        made = forward(self.weights, scaled, self.config, self._plan())
-        total = made.losses.total()
-        self._watch(x, total.detach())
-        self.optimiser.zero_grad(set_to_none=True)
-        total.backward()
+        # A stream that is a generator under no_grad would otherwise bring that mode here.
+        with torch.inference_mode(False), torch.enable_grad():
+            made = forward(self.weights, x.float() * self.scale[:, None], self.config, self._plan())
+            total = made.losses.total()
+            self._watch(x, total.detach())
+            self.optimiser.zero_grad(set_to_none=True)
+            total.backward()
         self.weights.constrain_gradients(self.config)
         for group in self.optimiser.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         torch.nn.utils.clip_grad_norm_(self.weights.named().values(), self.config.clip)
         self.optimiser.step()
-        self.weights.constrain()
+        self.weights.constrain(self.config)
         self._account(made)
         return made
 
     def _plan(self) -> Plan:
         on_cpu = self.scale.device.type == "cpu"
         # Reading the threshold is free on a CPU and would wait for any other device.
-        cut = CUT_MARGIN * float(self.threshold) if on_cpu and float(self.threshold) > 0 else None
+        # A batch that had fewer positive scores than wanted has no cut to start from.
+        cut = (
+            CUT_MARGIN * float(self.threshold) if on_cpu and self.full and float(self.threshold) > 0 else None
+        )
         return Plan(self.step, self.dead, cut, self.density, self.precision)
 
     @torch.no_grad()
@@ -114,8 +119,12 @@ class Trainer:
         self.tokens += tokens
         if self.config.activation not in FIXED and self.step % DEAD_REFRESH == 0:
             self.density = float(made.active.sum()) / (tokens * self.config.n_latents)
-        # The window grows with the run, so the average is unbiased from the first step and soon forgets it.
-        window = min(max(1.0, THRESHOLD_SHARE * self.step), THRESHOLD_STEPS)
+        if self.config.activation == "batch_topk" and tokens and self.scale.device.type == "cpu":
+            self.full = int(made.active.sum()) >= int(self.config.k_at(self.step - 1) * tokens)
+        # The window grows with the run, so the average is unbiased from the first step and soon forgets it. It
+        # begins when k has come down: before, the cut was another one.
+        since = self.step - self.config.k_anneal * self.config.steps
+        window = min(max(1.0, THRESHOLD_SHARE * since), THRESHOLD_STEPS)
         moved = self.threshold + (made.smallest - self.threshold) / window
         self.threshold = torch.where(torch.isfinite(made.smallest), moved, self.threshold)
 
@@ -179,8 +188,17 @@ class Trainer:
 
     @torch.no_grad()
     def finished(self, metadata: Mapping[str, Any]) -> Dictionary:
-        """The dictionary for raw activations: scales, decoder norms and threshold folded into the weights."""
+        """The dictionary for raw activations: scales, decoder norms and threshold folded into the weights.
+
+        Raises:
+            NumericsError: A weight is not finite.
+        """
         fields, weights = self.weights.fields_and_weights(self.config)
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise NumericsError(
+                    f"{name} became NaN or infinite by step {self.step}", fix="Lower the learning rate"
+                )
         if self.config.activation == "batch_topk":
             weights["threshold"] = self.threshold
         weights = fold(fields, weights, scale=self.scale)

@@ -51,7 +51,10 @@ class Weights:
         bound to one model before training has bound it.
         """
         generator = torch.Generator().manual_seed(config.seed)
-        rows = F.normalize(torch.randn(config.n_latents, d_model, generator=generator), dim=1)
+        rows = F.normalize(
+            torch.randn(config.n_latents, d_model, generator=generator, dtype=torch.float32, device="cpu"),
+            dim=1,
+        )
         rows = rows.to(config.device)
         made = cls(
             enc=rows.repeat(1, models),
@@ -122,10 +125,15 @@ class Weights:
             halves.copy_(halves.mean(dim=1, keepdim=True).expand_as(halves))
 
     @torch.no_grad()
-    def constrain(self) -> None:
+    def constrain(self, config: TrainConfig) -> None:
         """Bring the rows of one model back to unit norm; a pair's norms are free, selection weighs them."""
         if self.models == 1:
             kernels.normalise_rows_(self.dec)
+        shared = self.shared(config)
+        if shared.stop > shared.start:
+            # Both halves took the same step; the optimiser may have rounded them differently.
+            halves = self.dec[shared].view(shared.stop - shared.start, 2, -1)
+            halves[:, 1] = halves[:, 0]
         if self.threshold is not None:
             self.threshold.clamp_(min=0)
 
