@@ -12,13 +12,13 @@ site=resid_post.1
 palimpsest harvest "$zoo/base" --tuned "$zoo/math" --site $site --corpus "${train[@]}" --max-length 256 \
   --resume --out "$out/store"
 size=(--latents 4096 --k 32 --tokens 2M --log-every 200 --resume)
-held=(--eval-corpus "${audit[@]}" --eval-tokens 40k --max-length 192)
+held=(--eval-corpus "${audit[@]}" --eval-tokens 20k --max-length 192)
 base=(--store "$out/store" --model "$zoo/base" --site $site "${held[@]}")
 pair=(--store "$out/store" --base "$zoo/base" --tuned "$zoo/math" --site $site "${held[@]}")
 # Several dictionaries on one stream, each in a folder of its own.
 palimpsest train sae "${base[@]}" "${size[@]}" --out "$out/base" \
   --variant topk:activation=topk batch_topk:activation=batch_topk matryoshka:activation=batch_topk,prefixes=256+1024+4096
-palimpsest train sae "${base[@]}" --latents 4096 --k 32 --tokens 500k --resume --out "$out/base-penalised" \
+palimpsest train sae "${base[@]}" --latents 4096 --k 32 --tokens 300k --resume --out "$out/base-penalised" \
   --variant relu:activation=relu,sparsity-weight=0.3 jumprelu:activation=jumprelu,sparsity-weight=2
 palimpsest train sae --store "$out/store" --model "$zoo/math" --side tuned --site $site "${held[@]}" "${size[@]}" --out "$out/tuned" \
   --activation batch_topk

@@ -11,7 +11,7 @@ from palimpsest.audit.config import AuditConfig
 from palimpsest.cli import VERBS, main
 from palimpsest.evaluate.config import EvaluateConfig
 from palimpsest.harvest.config import HarvestConfig
-from palimpsest.train.config import TrainSaeConfig
+from palimpsest.train.config import TrainPairConfig, TrainSaeConfig
 
 HEAVY = ("torch", "transformers", "cyclopts", "rich", "numpy", "pyarrow", "scipy", "jinja2")
 CONFIGS = {
@@ -19,6 +19,8 @@ CONFIGS = {
     ("evaluate",): EvaluateConfig,
     ("harvest",): HarvestConfig,
     ("train", "sae"): TrainSaeConfig,
+    ("train", "diff-sae"): TrainPairConfig,
+    ("train", "crosscoder"): TrainPairConfig,
 }
 
 
@@ -71,7 +73,14 @@ def test_unknown_verb_suggests(capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", [*VERBS, "train sae", *(f"battery {verb}" for verb in ("make", "calibrate", "show", "list"))]
+    "verb",
+    [
+        *VERBS,
+        "train sae",
+        "train diff-sae",
+        "train crosscoder",
+        *(f"battery {verb}" for verb in ("make", "calibrate", "show", "list")),
+    ],
 )
 def test_every_verb_has_help(verb, capsys):
     assert main([*verb.split(), "--help"]) == 0

@@ -82,7 +82,6 @@ def test_a_failure_after_the_last_step_does_not_train_again(call, workplace, mon
         ("--variant seed=1.5", "cannot be read"),
         ("--variant shared=4", "Only a crosscoder"),
         ("--expansion 2", "said twice"),
-        ("--batch-size 1M", "larger than the whole run"),
         ("--roles assistant", "no token to measure"),
         ("--push not/a/name", "owner/name"),
         ("--seed 99999999999999999999999", "out of range"),

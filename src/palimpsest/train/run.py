@@ -1,6 +1,7 @@
 """Dictionary training as a stage: a config in, a dictionary folder out."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -116,9 +117,11 @@ def _run_training(
 ) -> dict[str, Dictionary]:
     recipe = next(iter(recipes.values()))
     start = checkpoint_position(run.path)
-    tracks = Tracks(run, start, config.training.track, config_dict(config))
     stream, close = _stream(config, source, recipe, start)
-    try:
+    with ExitStack() as stack:
+        stack.callback(close)
+        tracks = Tracks(run, start, config.training.track, config_dict(config))
+        stack.callback(tracks.close)
         with progress(f"training on {config.site}", recipe.tokens) as advance:
             advance(start)
             seen = start
@@ -137,9 +140,6 @@ def _run_training(
                 made = train_dictionaries(stream, recipes, out=run, on_step=on_step, metadata=source.metadata)
         tracks.write_table()
         return made
-    finally:
-        tracks.close()
-        close()
 
 
 def note(figures: Mapping[str, Any]) -> str:

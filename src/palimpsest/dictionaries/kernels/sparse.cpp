@@ -2,7 +2,7 @@
 //
 // No library beyond the C++ runtime and OpenMP. The OpenMP symbols are left to be found in the process, where
 // PyTorch's runtime already is: a second one would spin against it. Vectors are GCC vector extensions; the one
-// intrinsic (a mask of comparisons) has a plain fallback. Every function returns a negative number on failure and
+// intrinsic (a mask of comparisons) has a plain fallback. Functions that can fail return a negative number; all give
 // the same result for any number of threads.
 
 #include <algorithm>
