@@ -19,7 +19,7 @@ pair=(--store "$out/store" --base "$zoo/base" --tuned "$zoo/math" --site $site "
 palimpsest train sae "${base[@]}" "${size[@]}" --out "$out/base" \
   --variant topk:activation=topk batch_topk:activation=batch_topk matryoshka:activation=batch_topk,prefixes=256+1024+4096
 palimpsest train sae "${base[@]}" --latents 4096 --k 32 --tokens 300k --resume --out "$out/base-penalised" \
-  --variant relu:activation=relu,sparsity-weight=0.3 jumprelu:activation=jumprelu,sparsity-weight=2
+  --variant relu:activation=relu,sparsity-weight=0.05 jumprelu:activation=jumprelu,sparsity-weight=2
 palimpsest train sae --store "$out/store" --model "$zoo/math" --side tuned --site $site "${held[@]}" "${size[@]}" --out "$out/tuned" \
   --activation batch_topk
 palimpsest train diff-sae "${pair[@]}" "${size[@]}" --out "$out/diff" --activation batch_topk
