@@ -17,15 +17,16 @@ SIZES = split("--latents 48 --k 4 --batch-size 256 --block-length 32 --lr 0.004"
 @pytest.mark.parametrize("kind", ["crosscoder", "diff-sae"])
 def test_pair_dictionaries_are_trained_and_described(call, workplace, kind):
     options = split("--activation batch_topk --tokens 4k --eval-corpus code.jsonl --eval-tokens 200 --json")
-    done = call("train", kind, *PAIR, *SIZES, *options, "--out", kind)
+    out = f"made-{kind}"
+    done = call("train", kind, *PAIR, *SIZES, *options, "--out", out)
     assert done.code == 0, done.err
     said = json.loads(done.out)
     assert (said["view"], said["models"]) == (("pair", 2) if kind == "crosscoder" else ("diff", 1))
     assert said["metadata"]["base"] == "base" and said["metadata"]["tuned"] == "tuned"
     assert said["metadata"]["evaluation"]["corpus"] == ["code.jsonl"]
-    shown = call("info", kind)
+    shown = call("info", out)
     assert shown.code == 0 and said["view"] in shown.out
-    made = load_dictionary(workplace / kind)
+    made = load_dictionary(workplace / out)
     assert made.n_latents == 48 and not made.requires_grad_(False).training
 
 

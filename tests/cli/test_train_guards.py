@@ -24,10 +24,10 @@ def test_overwrite_spares_what_the_run_reads(call, workplace):
     )
     assert done.code == 2 and "would delete the store" in done.err
     assert call("info", "precious").code == 0
-    assert call("train", "sae", *SOURCE, *SIZES, "--out", "kept").code == 0
-    done = call(*split("evaluate kept --model base --corpus math.jsonl --out kept --overwrite"))
+    assert call("train", "sae", *SOURCE, *SIZES, "--out", "spared").code == 0
+    done = call(*split("evaluate spared --model base --corpus math.jsonl --out spared --overwrite"))
     assert done.code == 2 and "would delete the dictionary" in done.err
-    assert load_dictionary(workplace / "kept").n_latents == 48
+    assert load_dictionary(workplace / "spared").n_latents == 48
 
 
 def test_bad_held_out_text_is_said_before_training(call, workplace):

@@ -189,7 +189,7 @@ def test_a_store_is_checked_against_the_models(config, store, base, tuned, adapt
 
 
 def test_expansion_counts_latents_per_dimension(config, store):
-    made = train_pair(config(store=store, training={"expansion": 3}))
+    made = train_pair(config(store=store, training={"expansion": 3}, recipe={"n_latents": 4096}))
     assert made.n_latents == 96
 
 
