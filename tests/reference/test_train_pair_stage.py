@@ -189,8 +189,11 @@ def test_a_store_is_checked_against_the_models(config, store, base, tuned, adapt
 
 
 def test_expansion_counts_latents_per_dimension(config, store):
-    made = train_pair(config(store=store, training={"expansion": 3}, recipe={"n_latents": 4096}))
+    unsaid = {"n_latents": TrainConfig.n_latents}
+    made = train_pair(config(store=store, training={"expansion": 3}, recipe=unsaid))
     assert made.n_latents == 96
+    with pytest.raises(ConfigError, match="said twice"):
+        config(store=store, training={"expansion": 3})
 
 
 def test_what_cannot_be_trained(config, store, base, text, tmp_path):
