@@ -84,13 +84,17 @@ def _train(config: TrainSaeConfig | TrainPairConfig) -> dict[str, Dictionary]:
     held_out = _held_out(config, source)
     view = config.side if isinstance(config, TrainSaeConfig) else "diff" if config.view == "diff" else "base"
     recipe = replace(config.recipe, seed=config.run.seed, device=source.device, view=view)
-    if config.training.expansion is not None:
-        recipe = replace(recipe, n_latents=config.training.expansion * source.width)
+    training = config.training
+    if training.expansion is not None:
+        # From here on the number itself is what the run is known by.
+        recipe = replace(recipe, n_latents=training.expansion * source.width)
+        training = replace(training, expansion=None)
+    settled = replace(config, recipe=recipe, training=training)
     recipes = variants(recipe, config.training.variant) or {"": recipe}
     with RunFolder(
         config.run.out,
         stage=native.STAGE if "" in recipes else SEVERAL,
-        config=config_dict(replace(config, recipe=recipe), drop=(*RUN_ONLY, *BESIDE)),
+        config=config_dict(settled, drop=(*RUN_ONLY, *BESIDE)),
         inputs=source.inputs | ({} if held_out is None else {"eval_corpus": held_out.corpus.fingerprint()}),
         seed=config.run.seed,
         device=source.device,
