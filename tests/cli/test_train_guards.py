@@ -135,3 +135,11 @@ def test_names_with_control_codes_are_shown_not_obeyed(call, workplace):
     )
     shown = call("info", "evil")
     assert shown.code == 0 and "\x1b" not in shown.out and "\n  input base: trusted" not in shown.out
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(start, workplace):
+    process = start("info", "sae")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,10 @@ def run_verb(verb: str, app: App, arguments: Sequence[str]) -> int:
             f"palimpsest {verb}: interrupted. What is finished is kept; the same command with --resume goes on."
         )
         return 130
+    except BrokenPipeError:
+        # The reader has seen enough, as `| head` has; what is left in the buffer must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
