@@ -22,3 +22,13 @@ def dictionary_learning(*modules: str) -> list[types.ModuleType]:
             return [importlib.import_module(f"dictionary_learning.{name}") for name in modules]
         except ImportError as error:
             pytest.skip(f"dictionary_learning cannot be imported: {error}")
+
+
+def sae_lens() -> types.ModuleType:
+    """The package."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module("sae_lens")
+        except ImportError as error:
+            pytest.skip(f"sae-lens cannot be imported: {error}")

@@ -224,10 +224,12 @@ class AuditFinding:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "AuditFinding":
         """The finding that `to_dict` gave; keys of later versions are ignored."""
-        data = _known(cls, data)
-        data["datasets"] = [CorpusFinding(**_known(CorpusFinding, row)) for row in data["datasets"]]
-        data["tasks"] = [TaskFinding(**_known(TaskFinding, row)) for row in data["tasks"]]
-        data["controls"] = [ControlFinding(**_known(ControlFinding, row)) for row in data.get("controls", [])]
+        data = known_fields(cls, data)
+        data["datasets"] = [CorpusFinding(**known_fields(CorpusFinding, row)) for row in data["datasets"]]
+        data["tasks"] = [TaskFinding(**known_fields(TaskFinding, row)) for row in data["tasks"]]
+        data["controls"] = [
+            ControlFinding(**known_fields(ControlFinding, row)) for row in data.get("controls", [])
+        ]
         if data.get("calibration") is not None:
             data["calibration"] = _calibration(data["calibration"])
         return cls(**data)
@@ -236,16 +238,17 @@ class AuditFinding:
 def _calibration(data: dict[str, Any]) -> CalibrationFinding:
     domains: list[DomainFinding] = []
     for row in data["domains"]:
-        known = _known(DomainFinding, row)
+        known = known_fields(DomainFinding, row)
         for key in ("features", "loss"):
             if known.get(key) is not None:
-                known[key] = NullTest(**_known(NullTest, known[key]))
+                known[key] = NullTest(**known_fields(NullTest, known[key]))
         domains.append(DomainFinding(**known))
-    known = _known(CalibrationFinding, data)
+    known = known_fields(CalibrationFinding, data)
     known["domains"] = domains
     return CalibrationFinding(**known)
 
 
-def _known(kind: type, data: dict[str, Any]) -> dict[str, Any]:
+def known_fields(kind: type, data: dict[str, Any]) -> dict[str, Any]:
+    """What of stored data a dataclass has fields for; keys of later versions are left out."""
     names = {f.name for f in fields(kind)}
     return {key: value for key, value in data.items() if key in names}

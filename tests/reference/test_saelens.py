@@ -1,12 +1,12 @@
 """SAELens' folders against the sae-lens package itself: read theirs, write ours, same numbers both ways."""
 
 import json
-import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import peers
 from palimpsest.dictionaries import Dictionary, load_dictionary, save_saelens
 from palimpsest.dictionaries.formats.saelens import SAELENS, header, write
 from palimpsest.errors import DictionaryError
@@ -17,13 +17,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 
 @pytest.fixture(scope="module")
 def sae_lens():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import sae_lens
-        except ImportError as error:
-            pytest.skip(f"sae-lens cannot be imported: {error}")
-    return sae_lens
+    return peers.sae_lens()
 
 
 def randomised(sae):

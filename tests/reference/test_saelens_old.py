@@ -1,12 +1,12 @@
 """Flat configurations of SAELens before version 6, against what SAELens makes of the same folder today."""
 
 import json
-import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import peers
 from palimpsest.dictionaries import load_dictionary
 from palimpsest.dictionaries.formats.saelens import header
 from palimpsest.errors import DictionaryError
@@ -54,13 +54,7 @@ VERSION_1 = {
 
 @pytest.fixture(scope="module")
 def sae_lens():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import sae_lens
-        except ImportError as error:
-            pytest.skip(f"sae-lens cannot be imported: {error}")
-    return sae_lens
+    return peers.sae_lens()
 
 
 def write(folder, config, **extra):

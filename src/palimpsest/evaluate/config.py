@@ -1,7 +1,7 @@
 """The options of an evaluation: which dictionary, on which model or pair, over which text."""
 
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated
+from typing import Annotated, Protocol, runtime_checkable
 
 from cyclopts import Parameter
 
@@ -56,15 +56,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         """Require one model or one pair, and sound intervals."""
-        given = [name for name in ("model", "base", "tuned") if getattr(self, name) is not None]
-        if given not in (["model"], ["base", "tuned"]):
-            raise ConfigError(
-                "An evaluation needs one model or one pair",
-                expected="--model MODEL, or --base BASE with --tuned TUNED",
-                found=" and ".join(f"--{name}" for name in given) or "none of them",
-            )
-        if not self.corpus:
-            raise ConfigError("An evaluation needs text", expected="--corpus FILE")
+        check_source("An evaluation", self)
         if not 0.5 <= self.confidence < 1:
             raise ConfigError(
                 "confidence is no coverage", expected="0.5 up to below 1", found=self.confidence
@@ -73,3 +65,38 @@ class EvaluateConfig:
             raise ConfigError(
                 "Too few resamples for an interval", expected="at least 100", found=self.resamples
             )
+
+
+@runtime_checkable
+class Reads(Protocol):
+    """Options that name one model or one pair, and text."""
+
+    @property
+    def corpus(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def model(self) -> str | None: ...  # noqa: D102
+    @property
+    def base(self) -> str | None: ...  # noqa: D102
+    @property
+    def tuned(self) -> str | None: ...  # noqa: D102
+    @property
+    def models(self) -> ModelOptions: ...  # noqa: D102
+    @property
+    def corpora(self) -> CorpusOptions: ...  # noqa: D102
+
+
+def check_source(what: str, config: Reads) -> None:
+    """Require one model or one pair, and text.
+
+    Raises:
+        ConfigError: Says what is missing.
+    """
+    given = [name for name in ("model", "base", "tuned") if getattr(config, name) is not None]
+    if given not in (["model"], ["base", "tuned"]):
+        raise ConfigError(
+            f"{what} needs one model or one pair",
+            expected="--model MODEL, or --base BASE with --tuned TUNED",
+            found=" and ".join(f"--{name}" for name in given) or "none of them",
+        )
+    if not config.corpus:
+        raise ConfigError(f"{what} needs text", expected="--corpus FILE")

@@ -1,10 +1,9 @@
 """What an evaluation found, as it lies on disk in `evaluation.json`. No torch."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-Range = tuple[float, float]
-"""Lower and upper end of an interval."""
+from palimpsest.findings import Range, known_fields
 
 SCHEMA = 1
 
@@ -126,17 +125,17 @@ class Evaluation:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Evaluation":
         """The evaluation that `to_dict` gave; keys of later versions are ignored."""
-        known = _known(cls, data)
+        known = known_fields(cls, data)
         known["models"] = [_model(row) for row in data["models"]]
         return cls(**known)
 
 
 def _model(row: dict[str, Any]) -> ModelEvaluation:
-    known = _known(ModelEvaluation, row)
+    known = known_fields(ModelEvaluation, row)
     known["fve_ci"] = _range(row["fve_ci"])
-    known["density"] = Density(**_known(Density, row["density"]))
+    known["density"] = Density(**known_fields(Density, row["density"]))
     if row.get("splice") is not None:
-        splice = _known(Splice, row["splice"])
+        splice = known_fields(Splice, row["splice"])
         for name in ("ce_recovered_ci", "kl_recovered_ci"):
             splice[name] = {key: _range(value) for key, value in splice[name].items()}
         known["splice"] = Splice(**splice)
@@ -145,8 +144,3 @@ def _model(row: dict[str, Any]) -> ModelEvaluation:
 
 def _range(value: Any) -> Range | None:
     return None if value is None else (float(value[0]), float(value[1]))
-
-
-def _known(kind: type, data: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    return {key: value for key, value in data.items() if key in names}

@@ -12,7 +12,7 @@ from palimpsest.corpus import Corpus
 from palimpsest.corpus.rows import parse_source
 from palimpsest.dictionaries import Dictionary, load_dictionary
 from palimpsest.errors import ConfigError
-from palimpsest.evaluate.config import EvaluateConfig
+from palimpsest.evaluate.config import EvaluateConfig, Reads
 from palimpsest.evaluate.estimate import Settings
 from palimpsest.evaluate.measure import Measured, measure_dictionary
 from palimpsest.evaluate.result import Evaluation
@@ -42,11 +42,11 @@ def run_evaluate(config: EvaluateConfig) -> Evaluation:
         parse_source(source)
     dictionary = load_dictionary(config.dictionary)
     _check_view(config, dictionary)
-    source = _load(config)
+    source = load_source(config)
     # No name is kept for the base: a pair that holds one model at a time must be able to drop it.
     site = site_of(dictionary, _first(source), config.site, loss=config.loss)
     device = _first(source).device
-    corpus = Corpus(list(config.corpus), source.tokenizer, options=_options(config, _first(source)))
+    corpus = open_corpus(config, source)
     batches = evaluation_batches(corpus, config.tokens, config.models.tokens_per_batch)
     with RunFolder(
         config.run.out,
@@ -103,7 +103,8 @@ def _check_view(config: EvaluateConfig, dictionary: Dictionary) -> None:
         )
 
 
-def _load(config: EvaluateConfig) -> Source:
+def load_source(config: Reads) -> Source:
+    """The model or the pair that the options name."""
     if config.model is not None:
         return load_model(config.model, config.models)
     assert config.base is not None and config.tuned is not None
@@ -114,12 +115,13 @@ def _first(source: Source) -> LanguageModel:
     return source if isinstance(source, LanguageModel) else source.base
 
 
-def _options(config: EvaluateConfig, model: LanguageModel) -> CorpusOptions:
-    options = config.corpora
-    if model.context is not None and options.max_length > model.context:
-        log.warning("Documents are cut at the model's context of %d tokens.", model.context)
-        options = replace(options, max_length=model.context)
-    return options
+def open_corpus(config: Reads, source: Source) -> Corpus:
+    """The text that the options name, its documents cut at the model's context."""
+    options, context = config.corpora, _first(source).context
+    if context is not None and options.max_length > context:
+        log.warning("Documents are cut at the model's context of %d tokens.", context)
+        options = replace(options, max_length=context)
+    return Corpus(list(config.corpus), source.tokenizer, options=options)
 
 
 def _masking(options: CorpusOptions) -> str:

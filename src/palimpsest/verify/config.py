@@ -4,6 +4,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Annotated
 
 from palimpsest.errors import ConfigError
+from palimpsest.evaluate.config import check_source
 from palimpsest.options import FLAT, CorpusOptions, Count, ModelOptions
 
 
@@ -48,14 +49,6 @@ class VerifyConfig:
 
     def __post_init__(self) -> None:
         """Require one model or one pair, text, and tokens."""
-        given = [name for name in ("model", "base", "tuned") if getattr(self, name) is not None]
-        if given not in (["model"], ["base", "tuned"]):
-            raise ConfigError(
-                "A verification needs one model or one pair",
-                expected="--model MODEL, or --base BASE with --tuned TUNED",
-                found=" and ".join(f"--{name}" for name in given) or "none of them",
-            )
-        if not self.corpus:
-            raise ConfigError("A verification needs text", expected="--corpus FILE")
+        check_source("A verification", self)
         if self.tokens < 1:
             raise ConfigError("tokens is too small", expected="at least 1", found=self.tokens)

@@ -1,10 +1,9 @@
 """What a verification found, as plain values. No torch."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Range = tuple[float, float]
-"""Lower and upper end of an interval."""
+from palimpsest.findings import Range, known_fields
 
 Status = Literal["fits", "weak", "mismatch", "unexplained"]
 
@@ -111,16 +110,13 @@ class Verification:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Verification":
         """The verification that `to_dict` gave; keys of later versions are ignored."""
-        known = _known(cls, data)
-        fits = [_known(Fit, row) for row in data["models"]]
+        known = known_fields(cls, data)
+        fits = [known_fields(Fit, row) for row in data["models"]]
         for row in fits:
             row["fve_ci"] = None if row["fve_ci"] is None else tuple(row["fve_ci"])
         known["models"] = [Fit(**row) for row in fits]
-        known["causes"] = [Cause(**_known(Cause, row)) for row in data.get("causes", [])]
-        known["candidates"] = [Candidate(**_known(Candidate, row)) for row in data.get("candidates", [])]
+        known["causes"] = [Cause(**known_fields(Cause, row)) for row in data.get("causes", [])]
+        known["candidates"] = [
+            Candidate(**known_fields(Candidate, row)) for row in data.get("candidates", [])
+        ]
         return cls(**known)
-
-
-def _known(kind: type, data: dict[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in fields(kind)}
-    return {key: value for key, value in data.items() if key in names}
