@@ -14,7 +14,7 @@ RANKS = {
     1: ("artifacts", "findings", "options"),
     2: ("models", "corpus", "store", "buffer", "dictionaries"),
     3: ("harvest", "evaluate"),
-    4: ("audit", "train", "verify"),
+    4: ("audit", "diff", "train", "verify"),
     5: ("report",),
     6: ("demo",),
     7: ("cli",),

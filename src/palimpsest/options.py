@@ -20,6 +20,9 @@ from palimpsest.errors import ConfigError
 RUN_ONLY = ("out", "resume", "overwrite", "fail_on")
 """Fields that say where a stage runs and what follows, not what it computes: they never enter a config hash."""
 
+ADDED = ("dialogue",)
+"""Fields that came later and change nothing unless set: unset they stay out, and older runs keep their hash."""
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 FLAT = Parameter(name="*")
@@ -120,6 +123,10 @@ class CorpusOptions:
 
     roles: tuple[str, ...] | None = None
     """Measure only tokens of these roles (`user`, `assistant`, `system`, `tool`, `text`)."""
+
+    dialogue: tuple[str, ...] = ()
+    """Two marks, as in `--dialogue 'User:' 'Assistant:'`: in plain text the user speaks after the first, the assistant
+    after the second."""
 
     skip_bad_rows: bool = False
     """Count rows that cannot be read instead of stopping at the first."""
@@ -261,9 +268,8 @@ def config_dict(config: object, *, drop: tuple[str, ...] = RUN_ONLY) -> dict[str
 
     def plain(value: object) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {
-                f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name not in drop
-            }
+            named = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in drop}
+            return {name: plain(one) for name, one in named.items() if one or name not in ADDED}
         if isinstance(value, Mapping):
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, (list, tuple)):

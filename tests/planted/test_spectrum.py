@@ -9,9 +9,9 @@ import torch
 
 from helpers import assert_close, randomize
 from pair_fixture import adapt, fine_tune, load_hf, lora, save
-from palimpsest.audit.nulls import SpectrumNull, base_deltas, bisect_alpha
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.models import load_model, load_pair
+from palimpsest.models.spectrum import SpectrumNull, base_deltas, bisect_alpha
 from palimpsest.options import ModelOptions
 
 EMBEDDINGS = {"model.embed_tokens.weight", "lm_head.weight"}
@@ -59,7 +59,7 @@ def test_sizes_are_kept_and_directions_are_not(base, tuned):
 
 def test_rotations_are_uniform():
     """Columns of ΔW with one entry each come out with the moments of a uniform rotation, signs included."""
-    from palimpsest.audit.nulls.spectrum import _generator, _rotated
+    from palimpsest.models.spectrum import _generator, _rotated
 
     delta = torch.zeros(6, 3)
     delta[0, 0] = 1.0
@@ -175,7 +175,7 @@ def test_a_pair_held_one_at_a_time_gives_the_same_deltas(base, tuned):
 
 
 def test_stacks_of_matrices_are_rotated_one_by_one():
-    from palimpsest.audit.nulls.spectrum import _generator, _randomized
+    from palimpsest.models.spectrum import _generator, _randomized
 
     stack = torch.randn(3, 4, 6)
     found = _randomized(stack, _generator(0, "experts"), rows=False)
@@ -225,8 +225,8 @@ def test_alpha_is_found_through_noise_and_steps():
 
 @pytest.mark.parametrize("target", [0.1, 1.01])
 def test_an_overlap_that_no_change_has_is_refused(target):
-    with pytest.raises(NumericsError, match="general overlap"):
-        bisect_alpha(falling, target)
+    with pytest.raises(NumericsError, match="the size of the fine-tune"):
+        bisect_alpha(falling, target, what="size")
 
 
 def test_an_overlap_that_is_no_number_is_refused():

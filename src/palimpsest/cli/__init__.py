@@ -10,6 +10,7 @@ VERBS = {
     "battery": "fix the text a base is audited with, and calibrate it with innocent fine-tunes",
     "harvest": "write a model's activations, or a pair's side by side, to a store",
     "train": "train a dictionary: of one model (sae), of a difference (diff-sae), of a pair (crosscoder)",
+    "diff": "find the latents that a fine-tune made, test them, and measure which of them cause the change",
     "evaluate": "measure what a dictionary reconstructs, and what splicing it in does to the predictions",
     "convert": "write a dictionary in another library's format, or in ours; prove it on real text",
     "report": "write the report of a finished run again",

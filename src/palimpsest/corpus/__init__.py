@@ -230,8 +230,25 @@ def _check(options: CorpusOptions) -> None:
             found=f"roles {', '.join(options.roles)} with all positions (--legacy measures all positions)",
             fix="Leave one of them out",
         )
+    if options.dialogue:
+        _check_dialogue(options)
     sizes = {"max_length": 2, "max_documents": 1, "answer_chars": 1}
     for name, least in sizes.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"{name} is too small", expected=f"at least {least}", found=value)
+
+
+def _check_dialogue(options: CorpusOptions) -> None:
+    marks = options.dialogue
+    if len(marks) != 2 or marks[0] == marks[1] or not all(mark.strip() for mark in marks):
+        raise ConfigError(
+            "A dialogue has two marks",
+            expected="that of the user and that of the assistant, as in --dialogue 'User:' 'Assistant:'",
+            found=", ".join(map(repr, marks)),
+        )
+    if options.answer_chars is not None:
+        raise ConfigError(
+            "answer_chars cuts messages, not dialogues in plain text",
+            fix="Leave one of --answer-chars and --dialogue out",
+        )

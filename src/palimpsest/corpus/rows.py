@@ -133,7 +133,7 @@ def read_rows(
                 streams.remove(stream)
                 continue
             try:
-                yield _row(*record, fields, stats)
+                yield row_of(*record, fields, stats)
             except BadRecord as bad:
                 if not skip_bad_rows:
                     raise bad.error() from None
@@ -179,7 +179,12 @@ def _files(source: Path) -> list[Path]:
     return found
 
 
-def _row(origin: str, record: Any, fields: tuple[str, str], stats: CorpusStats) -> Row:
+def row_of(origin: str, record: Any, fields: tuple[str, str], stats: CorpusStats) -> Row:
+    """One record as a row: a conversation, else text.
+
+    Raises:
+        BadRecord: It is neither.
+    """
     if isinstance(record, BadRecord):
         raise record
     text_field, messages_field = fields

@@ -68,7 +68,8 @@ class DocumentTokenizer:
         max_length: Overrides the option; None leaves documents whole.
 
     Raises:
-        CorpusError: When a BOS is asked for that the tokenizer does not have.
+        CorpusError: When a BOS is asked for that the tokenizer does not have, or dialogue marks are given for one that
+            says not where its tokens stand.
     """
 
     def __init__(self, tokenizer: Any, options: CorpusOptions, max_length: int | None) -> None:
@@ -82,6 +83,9 @@ class DocumentTokenizer:
                 fix="Leave prepend_bos out",
             )
         self._special = special_ids(tokenizer)
+        self.dialogue = options.dialogue
+        if self.dialogue:
+            self._require_offsets("The corpus has dialogue marks", "leave --dialogue out")
 
     def documents(self, rows: Iterable[Row], stats: CorpusStats) -> Iterator[Document]:
         """Documents of the rows, in order; rows without a token of their own are dropped and counted.
@@ -145,7 +149,8 @@ class DocumentTokenizer:
 
     def _render(self, row: Row, stats: CorpusStats) -> _Rendered | None:
         if row.messages is None:
-            return _Rendered(row.text or "", None)
+            text = row.text or ""
+            return _Rendered(text, dialogue_roles(text, self.dialogue) if self.dialogue else None)
         self._require_chat(row)
         messages = [self._cut(message) for message in row.messages]
         try:
@@ -171,12 +176,15 @@ class DocumentTokenizer:
                 expected="a tokenizer with a chat_template, or rows with plain text",
                 fix="Take the tokenizer of a chat model, or write the rows as text",
             )
+        self._require_offsets(f"{row.origin} holds a conversation", "write the rows as text")
+
+    def _require_offsets(self, what: str, otherwise: str) -> None:
         if not getattr(self.tokenizer, "is_fast", False):
             raise CorpusError(
-                f"{row.origin} holds a conversation, but the tokenizer gives no character offsets",
+                f"{what}, but the tokenizer gives no character offsets",
                 expected="a fast tokenizer (tokenizer.json)",
                 found=type(self.tokenizer).__name__,
-                fix="Load it with use_fast=True, or write the rows as text",
+                fix=f"Load it with use_fast=True, or {otherwise}",
             )
 
     def _cut(self, message: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,6 +220,28 @@ def special_ids(tokenizer: Any) -> np.ndarray:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     flagged = {index for index, token in added.items() if getattr(token, "special", False)}
     return np.array(sorted(flagged | set(tokenizer.all_special_ids)), np.int64)
+
+
+def dialogue_roles(text: str, marks: Sequence[str]) -> np.ndarray | None:
+    """Role of each character of a dialogue in plain text, uint8; None for a text without any mark.
+
+    What follows a mark, up to the next one, is the USER's after the first of `marks` and the ASSISTANT's after the
+    second. The marks, with the whitespace right before them, are TEMPLATE; what stands before the first one is TEXT.
+    """
+    # Of two marks that begin alike the longer is meant.
+    either = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+    found = list(re.finditer(either, text))
+    if not found:
+        return None
+    roles = np.full(len(text), Role.TEXT, np.uint8)
+    ends = [*(match.start() for match in found[1:]), len(text)]
+    for match, end in zip(found, ends, strict=True):
+        start = match.start()
+        while start and text[start - 1].isspace():
+            start -= 1
+        roles[start : match.end()] = Role.TEMPLATE
+        roles[match.end() : end] = Role.USER if match[0] == marks[0] else Role.ASSISTANT
+    return roles
 
 
 def align_contents(text: str, skeleton: str, contents: Sequence[str]) -> list[tuple[int, int] | None]:

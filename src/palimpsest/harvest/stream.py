@@ -166,29 +166,16 @@ class Harvester:
         self, base: _SideTokens, tuned: _SideTokens, ids: Tensor, predicted: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Losses and KL chunk by chunk, so that `[tokens, vocab]` never exists for a whole batch."""
+        assert base.head_input is not None and tuned.head_input is not None
         heads, inputs = (self._heads["base"], self._heads["tuned"]), (base.head_input, tuned.head_input)
-        loss = torch.full((len(ids), 2), torch.nan)
-        kl = torch.full((len(ids),), torch.nan) if self.kl else None
-        if kl is None:
+        loss, kl = torch.empty(len(ids), 2), None
+        if self.kl:
+            loss, kl = paired_loss(heads, inputs, ids)
+            kl[~predicted] = torch.nan
+        else:
             for model, (head, head_input) in enumerate(zip(heads, inputs, strict=True)):
-                assert head_input is not None
                 loss[:, model] = token_loss(head, head_input, ids)
-            loss[~predicted] = torch.nan
-            return loss, None
-        chunk = _chunk(heads[0])
-        for start in range(0, len(ids), chunk):
-            rows = slice(start, start + chunk)
-            log_p = []
-            for model, (head, head_input) in enumerate(zip(heads, inputs, strict=True)):
-                assert head_input is not None
-                logits = head.logits(_on_head(head_input[rows], head))
-                chunk_loss = torch.nn.functional.cross_entropy(
-                    logits, ids[rows].to(logits.device), reduction="none"
-                )
-                loss[rows, model] = chunk_loss.cpu()
-                log_p.append(logits)
-            kl[rows] = _divergence(*log_p)
-        loss[~predicted] = kl[~predicted] = torch.nan
+        loss[~predicted] = torch.nan
         return loss, kl
 
     def _folder(self, name: str) -> Path:
@@ -254,6 +241,26 @@ def token_loss(
         found = torch.nn.functional.cross_entropy(logits, ids[rows].to(logits.device), reduction="none")
         loss[rows] = found.cpu()
     return loss
+
+
+def paired_loss(
+    heads: tuple[Head, Head],
+    inputs: tuple[Float[Tensor, "tokens d_model"], Float[Tensor, "tokens d_model"]],
+    ids: Int[Tensor, " tokens"],
+) -> tuple[Float[Tensor, "tokens 2"], Float[Tensor, " tokens"]]:
+    """Nats of each token for base and tuned and KL(tuned ‖ base), on the CPU; logits exist for one chunk at a time."""
+    loss, kl = torch.empty(len(ids), 2), torch.empty(len(ids))
+    chunk = _chunk(heads[0])
+    for start in range(0, len(ids), chunk):
+        rows = slice(start, start + chunk)
+        both = []
+        for model, (head, head_input) in enumerate(zip(heads, inputs, strict=True)):
+            logits = head.logits(_on_head(head_input[rows], head))
+            found = torch.nn.functional.cross_entropy(logits, ids[rows].to(logits.device), reduction="none")
+            loss[rows, model] = found.cpu()
+            both.append(logits)
+        kl[rows] = _divergence(*both)
+    return loss, kl
 
 
 def _chunk(head: Head) -> int:

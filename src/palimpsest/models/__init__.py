@@ -4,6 +4,7 @@ from palimpsest.models.capture import capture, replace
 from palimpsest.models.load import load_model, load_pair
 from palimpsest.models.pair import SIDES, LanguageModel, ModelPair, Reading, Side
 from palimpsest.models.sites import SiteMap, canonical_site, site_from_tlens, tlens_from_site
+from palimpsest.models.upper import UpperHalf
 from palimpsest.models.verify import verify_sites
 from palimpsest.models.weights import LayerDelta, fingerprint, weight_deltas
 
@@ -15,6 +16,7 @@ __all__ = [
     "Reading",
     "Side",
     "SiteMap",
+    "UpperHalf",
     "canonical_site",
     "capture",
     "fingerprint",

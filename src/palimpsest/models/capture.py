@@ -19,7 +19,7 @@ class _DeepestSiteReached(Exception):  # noqa: N818 - control flow, not a fault
 
 @contextmanager
 def capture(
-    sites: SiteMap, wanted: Sequence[str], *, head: bool = False, stop: bool = True
+    sites: SiteMap, wanted: Sequence[str], *, head: bool = False, stop: bool = True, detach: bool = True
 ) -> Iterator[dict[str, Float[Tensor, "batch seq d_model"]]]:
     """Read sites during the forward passes run inside the block.
 
@@ -31,16 +31,17 @@ def capture(
         wanted: Addresses to read.
         head: Also read the head's input, under `HEAD_INPUT`.
         stop: End the forward pass at the deepest wanted site.
+        detach: Cut what was read off from gradients.
 
     Yields:
-        A dictionary that fills with detached tensors `[batch, seq, d_model]` by the addresses as given.
+        A dictionary that fills with tensors `[batch, seq, d_model]` by the addresses as given.
     """
     found: dict[str, Tensor] = {}
     count = len(set(wanted)) + head
 
     def reader(key: str) -> Callable[[Tensor], None]:
         def read(hidden: Tensor) -> None:
-            found[key] = hidden.detach()
+            found[key] = hidden.detach() if detach else hidden
             if stop and len(found) == count:
                 raise _DeepestSiteReached
 

@@ -43,7 +43,7 @@ def verify_sites(model: LanguageModel) -> None:
         head_input = found[HEAD_INPUT]
         rebuilt = sites.head.logits(head_input.flatten(0, 1)).view(logits.shape)
         normed = sites.final_norm(found[last]) if last in found else head_input
-    if not _close(rebuilt, logits.float()) or not _close(normed, head_input):
+    if not close(rebuilt, logits.float()) or not close(normed, head_input):
         raise SiteError(
             f"The head of {model.name} cannot be trusted",
             expected="final norm and head to turn the last residual into the model's logits",
@@ -69,7 +69,7 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b.to(a.device))
 
 
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal up to the rounding of the narrower type, relative to the largest value."""
     tolerance = 1e-4 if min(a.dtype.itemsize, b.dtype.itemsize) >= 4 else 3e-2
     a, b = a.float(), b.to(a.device).float()

@@ -1,5 +1,6 @@
 """Dictionary training as a stage: a config in, a dictionary folder out."""
 
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -105,7 +106,9 @@ def _train(config: TrainSaeConfig | TrainPairConfig) -> dict[str, Dictionary]:
         if run.already_complete:
             made = {name: load_dictionary(config.run.out / name) for name in recipes}
         else:
+            started = time.perf_counter()
             made = _run_training(config, source, recipes, run)
+            run.timing("train", time.perf_counter() - started)
             evaluations = {name: _evaluate(config, source, one, held_out) for name, one in made.items()}
             _write(run, made, evaluations, source)
             run.finish()

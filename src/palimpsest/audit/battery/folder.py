@@ -85,10 +85,17 @@ class Battery:
     def text_options(self) -> CorpusOptions:
         """How its rows were read, but for limits on how many."""
         made = self.artifact.manifest["config"]["corpora"]
-        known = {field.name for field in fields(CorpusOptions)} - {"max_documents", "roles", "max_length"}
+        known = {field.name for field in fields(CorpusOptions)} - {
+            "max_documents",
+            "roles",
+            "dialogue",
+            "max_length",
+        }
         chosen: dict[str, Any] = {key: value for key, value in made.items() if key in known}
         roles = tuple(made["roles"]) if made.get("roles") else None
-        return CorpusOptions(**chosen, roles=roles, max_length=self.description["max_length"])
+        dialogue = tuple(made.get("dialogue") or ())
+        length = self.description["max_length"]
+        return CorpusOptions(**chosen, roles=roles, dialogue=dialogue, max_length=length)
 
     @cached_property
     def readers(self) -> list[ReaderEntry]:

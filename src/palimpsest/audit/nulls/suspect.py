@@ -6,11 +6,11 @@ from palimpsest.audit.battery.folder import Battery
 from palimpsest.audit.config import AuditConfig
 from palimpsest.audit.inputs import GENERAL, Inputs
 from palimpsest.audit.measure import Size, measure_corpus
-from palimpsest.audit.nulls.spectrum import SpectrumNull, base_deltas, bisect_alpha
 from palimpsest.audit.nulls.store import Figures, figures_of
 from palimpsest.audit.sums import CorpusSums, Measure
 from palimpsest.harvest.cached import CachedHarvester
 from palimpsest.log import progress
+from palimpsest.models.spectrum import SpectrumNull, base_deltas, bisect_alpha
 
 
 def spectrum_figures(config: AuditConfig, inputs: Inputs, suspect: Figures) -> list[tuple[float, Figures]]:
@@ -51,7 +51,7 @@ def spectrum_figures(config: AuditConfig, inputs: Inputs, suspect: Figures) -> l
                         figures = figures_of(sums([GENERAL], measures[:1]))
                     return float(np.nanmean(figures["overlap/dictionary/0"][:, k - 1]))
 
-                alpha = bisect_alpha(overlap, target)
+                alpha = bisect_alpha(overlap, target, what="general overlap")
                 with null.at(alpha):
                     found.append((alpha, figures_of(sums(battery.names, measures))))
                 advance(1)

@@ -1,4 +1,4 @@
-"""Random changes with the suspect's own singular values: base + α·Q_L ΔW Q_Rᵀ, at any size α."""
+"""Random changes with a fine-tune's own singular values: base + α·Q_L ΔW Q_Rᵀ, at any size α."""
 
 import hashlib
 import math
@@ -11,11 +11,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from palimpsest.errors import NumericsError, PairError
-from palimpsest.models import LanguageModel, ModelPair
+from palimpsest.models.pair import LanguageModel, ModelPair
 from palimpsest.models.weights import adapter_deltas, is_adapter, plain_name
 
 DOUBLINGS = 10
-"""How often α is doubled, or halved, before the overlap looked for is given up."""
+"""How often α is doubled, or halved, before the value looked for is given up."""
 
 
 def base_deltas(pair: ModelPair) -> dict[str, Float[Tensor, "..."]]:
@@ -65,8 +65,8 @@ def _checkpoint_deltas(pair: ModelPair, add: Callable[[str, Tensor, Tensor], Non
 def _check_deltas(deltas: dict[str, Tensor]) -> None:
     if not any(bool(delta.any()) for delta in deltas.values()):
         raise NumericsError(
-            "The base and the tuned model have the same weights, so there is no change to compare random ones with",
-            fix="Name the fine-tune as the second model, or leave out the spectrum null",
+            "The base and the tuned model have the same weights, so there is no change to draw random ones from",
+            fix="Name the fine-tune as the second model, or leave out the random changes",
         )
     for name, delta in deltas.items():
         if not delta.isfinite().all():
@@ -138,7 +138,7 @@ def _check_weight(model: LanguageModel, name: str, weight: nn.Parameter | None, 
         raise PairError(
             f"The weights of {model.name} are quantised and cannot be changed at random",
             found=f"{weight.dtype} in {name}",
-            fix="Load the base unquantised, or leave out the spectrum null",
+            fix="Load the base unquantised, or leave out the random changes",
         )
     fits = weight is not None and weight.dim() == delta.dim()
     if weight is None or not fits or any(a > b for a, b in zip(delta.shape, weight.shape, strict=True)):
@@ -197,71 +197,76 @@ def _orthonormal(
 
 class _Point(NamedTuple):
     alpha: float
-    overlap: float
+    value: float
 
 
 def bisect_alpha(
-    overlap_of: Callable[[float], float], target: float, *, tolerance: float = 0.002, steps: int = 12
+    value_of: Callable[[float], float],
+    target: float,
+    *,
+    what: str = "value",
+    tolerance: float = 0.002,
+    steps: int = 12,
 ) -> float:
-    """The size of a random change at which an overlap is reached that falls as the change grows.
+    """The size of a random change at which a value is reached that falls as the change grows.
 
     Starts at α = 1, doubles or halves until the target lies between two sizes, then alternates between
-    interpolation (of the overlap over log α) and bisection. Noise in the overlap costs precision only.
+    interpolation (of the value over log α) and bisection. Noise in the value costs precision only.
 
     Args:
-        overlap_of: Measures the overlap at a size.
-        target: The overlap to reach.
+        value_of: Measures the value at a size, such as an overlap.
+        target: The value to reach.
+        what: What errors call the value.
         tolerance: Distance from the target that is near enough.
         steps: Measurements after the target was bracketed.
 
     Returns:
-        The size whose measured overlap was nearest to the target.
+        The size whose measured value was nearest to the target.
 
     Raises:
-        NumericsError: When no size reaches the target, or an overlap is not finite.
+        NumericsError: When no size reaches the target, or a value is not finite.
     """
     seen: list[_Point] = []
 
     def measure(alpha: float) -> _Point:
-        seen.append(_Point(alpha, float(overlap_of(alpha))))
-        if not math.isfinite(seen[-1].overlap):
+        seen.append(_Point(alpha, float(value_of(alpha))))
+        if not math.isfinite(seen[-1].value):
             raise NumericsError(
-                f"The overlap under a random change of {alpha:.3g} times the fine-tune's size is not a number",
-                found=seen[-1].overlap,
+                f"The {what} under a random change of {alpha:.3g} times the fine-tune's size is not a number",
+                found=seen[-1].value,
             )
         return seen[-1]
 
     def near(point: _Point) -> bool:
-        return abs(point.overlap - target) <= tolerance
+        return abs(point.value - target) <= tolerance
 
-    low, high = _bracket(measure, near, target)
+    low, high = _bracket(measure, near, target, what)
     for step in range(steps):
         if near(low) or near(high):
             break
-        share = (low.overlap - target) / (low.overlap - high.overlap) if step % 2 == 0 else 0.5
+        share = (low.value - target) / (low.value - high.value) if step % 2 == 0 else 0.5
         middle = measure(low.alpha * (high.alpha / low.alpha) ** share)
-        low, high = (middle, high) if middle.overlap > target else (low, middle)
+        low, high = (middle, high) if middle.value > target else (low, middle)
     # The latest of equals, because they close in.
-    return min(reversed(seen), key=lambda point: abs(point.overlap - target)).alpha
+    return min(reversed(seen), key=lambda point: abs(point.value - target)).alpha
 
 
 def _bracket(
-    measure: Callable[[float], _Point], near: Callable[[_Point], bool], target: float
+    measure: Callable[[float], _Point], near: Callable[[_Point], bool], target: float, what: str
 ) -> tuple[_Point, _Point]:
-    """Two sizes with an overlap above the target at the smaller and not above it at the larger."""
+    """Two sizes with a value above the target at the smaller and not above it at the larger."""
     point = start = measure(1.0)
-    growing = start.overlap > target
+    growing = start.value > target
     for _ in range(DOUBLINGS):
         if near(point):
             return point, point
         former, point = point, measure(point.alpha * (2.0 if growing else 0.5))
-        if (point.overlap > target) != growing:
+        if (point.value > target) != growing:
             return (former, point) if growing else (point, former)
     if near(point):
         return point, point
     raise NumericsError(
-        "No random change of the weights has the general overlap of the fine-tune",
-        expected=f"an overlap of {target:.4f}",
-        found=f"{start.overlap:.4f} at the fine-tune's own size and {point.overlap:.4f} at {point.alpha:.3g} times it",
-        fix="Leave out the spectrum null; the trained nulls do not need it",
+        f"No random change of the weights has the {what} of the fine-tune",
+        expected=f"{target:.4f}",
+        found=f"{start.value:.4f} at the fine-tune's own size and {point.value:.4f} at {point.alpha:.3g} times it",
     )

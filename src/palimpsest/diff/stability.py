@@ -1,0 +1,83 @@
+"""Whether a latent comes back when the same dictionary is trained with another seed."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from palimpsest.dictionaries import Dictionary
+from palimpsest.errors import DictionaryError
+
+TILE = 1024
+FOUND_AGAIN = (0.7, 0.9)
+"""Cosines from which a latent counts as found again."""
+
+
+class Match(NamedTuple):
+    """The closest latent of another dictionary.
+
+    Attributes:
+        score: Cosine of the decoder rows, of both models side by side.
+        latent: Which one.
+        mutual: Whether each is the other's closest.
+    """
+
+    score: Float[NDArray, " latents"]
+    latent: Int[NDArray, " latents"]
+    mutual: NDArray[np.bool_]
+
+
+def match_latents(dictionary: Dictionary, twin: Dictionary) -> Match:
+    """The closest latent of `twin` for every latent; tiles of latents, so that no square matrix exists.
+
+    Raises:
+        DictionaryError: The two do not describe the same thing.
+    """
+    if (dictionary.view, dictionary.d_model) != (twin.view, twin.d_model):
+        raise DictionaryError(
+            "The twin is another kind of dictionary",
+            expected=f"view {dictionary.view}, width {dictionary.d_model}",
+            found=f"view {twin.view}, width {twin.d_model}",
+            fix="Give the same recipe trained with another seed",
+        )
+    rows, others = _unit(dictionary), _unit(twin)
+    best, place = _closest(rows, others)
+    _, back = _closest(others, rows)
+    mutual = back[place] == torch.arange(len(place), device=place.device)
+    return Match(best.cpu().double().numpy(), place.cpu().numpy(), mutual.cpu().numpy())
+
+
+def summarise_match(match: Match, found: NDArray[np.str_], path: str) -> dict[str, Any]:
+    """Scores of the alive latents and of the tuned-only ones.
+
+    Args:
+        match: Of every latent.
+        found: Its class.
+        path: Of the twin.
+    """
+    summary: dict[str, Any] = {"twin": path}
+    for name, which in {"alive": found != "dead", "tuned_only": found == "tuned-only"}.items():
+        score = match.score[which]
+        summary[name] = {
+            "latents": int(which.sum()),
+            "mean": float(score.mean()) if len(score) else None,
+            **{f"above_{line}": float((score > line).mean()) if len(score) else None for line in FOUND_AGAIN},
+        }
+    return summary
+
+
+def _unit(dictionary: Dictionary) -> Float[Tensor, "latents features"]:
+    return torch.nn.functional.normalize(dictionary.W_dec.detach().float().flatten(1), dim=1)
+
+
+def _closest(
+    rows: Float[Tensor, "latents features"], others: Float[Tensor, "other_latents features"]
+) -> tuple[Float[Tensor, " latents"], Int[Tensor, " latents"]]:
+    others = others.to(rows.device)
+    parts = [(some @ others.T).max(dim=1) for some in rows.split(TILE)]
+    return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

@@ -1,0 +1,158 @@
+"""One pass over the text for everything that can share it: scaling, counts, examples, variance explained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from palimpsest.corpus import Role, TokenBatch
+from palimpsest.dictionaries import Codes
+from palimpsest.diff.classes import split_pairs
+from palimpsest.diff.config import ClassOptions
+from palimpsest.diff.counts import ChangeSums, JointFiring, KindSums, LatentCounts, Variance
+from palimpsest.diff.examples import TopExamples
+from palimpsest.diff.methods import Method
+from palimpsest.diff.scaling import ScalingSums
+from palimpsest.diff.text import GROUPS, Places, TextPass, Texts, read_pair
+from palimpsest.errors import CorpusError
+from palimpsest.log import progress
+from palimpsest.models import ModelPair
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What the pass leaves, as named arrays that a resumed run reads again.
+
+    Attributes:
+        arrays: `scaling/sums`, `joint/fires …`, `base/…`, `tuned/…` (own views), `kind/…`, `change/…`, `example/…`,
+            `split/pairs`, `split/counts`, `mean [models, d_model]`, `difference [d_model]`, `fve [3]`, `l0`,
+            `tokens` per corpus, `documents` per corpus.
+    """
+
+    arrays: dict[str, NDArray]
+
+    @property
+    def tokens(self) -> int:
+        """Measured tokens."""
+        return int(self.arrays["tokens"].sum())
+
+    @property
+    def fires(self) -> NDArray[np.int64]:
+        """Measured tokens on which each latent fires."""
+        return self.arrays["joint/fires"].sum(axis=0)
+
+    @property
+    def alive(self) -> NDArray[np.bool_]:
+        """Latents that fire on a measured token."""
+        return self.fires > 0
+
+
+class _Sums:
+    """Everything that is accumulated, and how one batch is folded in."""
+
+    def __init__(self, method: Method, texts: Texts, options: ClassOptions) -> None:
+        dictionary, corpora = method.dictionary, len(texts.corpora)
+        n, device, d_model = dictionary.n_latents, dictionary.device, dictionary.d_model
+        self.method = method
+        self.pairs = split_pairs(method, options)
+        self.scaling = ScalingSums(method)
+        self.counts = {"joint": LatentCounts(n, corpora, device)}
+        if method.kind != "diff-sae":
+            self.counts |= {side: LatentCounts(n, corpora, device) for side in ("base", "tuned")}
+        self.kinds, self.change = KindSums(n, device), ChangeSums(n, device)
+        self.split = JointFiring(self.pairs, n, device)
+        self.variance = {name: Variance(d_model, device) for name in ("base", "tuned", "difference")}
+        self.l0 = torch.zeros((), dtype=torch.long, device=device)
+        self.examples = TopExamples(n)
+        self.tokens = np.zeros(corpora, np.int64)
+
+    @torch.inference_mode()
+    def add(self, corpus: int, batch: TokenBatch, places: Places, acts: Tensor) -> None:
+        """Fold in one batch; tokens that are not measured count for the kinds only."""
+        kind = torch.where(places.template, Role.TEMPLATE, batch.role.reshape(-1)[places.flat])
+        kept = places.measured
+        if not kept.all():
+            others = acts[~kept.to(acts.device)]
+            self.kinds.add(kind[~kept], self.method.codes(others))
+            acts = acts[kept.to(acts.device)]
+        if not len(acts):
+            return
+        codes = self.method.codes(acts)
+        self.kinds.add(kind[kept], codes)
+        self.counts["joint"].add(corpus, codes)
+        self.split.add(codes)
+        self.l0 += codes.l0().sum()
+        self.tokens[corpus] += len(acts)
+        self.examples.add(corpus, batch, places.flat[kept], codes)
+        self._describe(corpus, acts, codes, places.document[kept] % GROUPS)
+
+    def _describe(self, corpus: int, acts: Tensor, codes: Codes, group: Tensor) -> None:
+        """Scaling, the two models' own views, and what the dictionary leaves out."""
+        method, dictionary = self.method, self.method.dictionary
+        made = base = None
+        if method.kind == "crosscoder":
+            made = dictionary.decode(codes).float()
+            for place, side in enumerate(("base", "tuned")):
+                self.counts[side].add(corpus, dictionary.encode(acts[:, place : place + 1].expand(-1, 2, -1)))
+        elif method.single:
+            base = dictionary.encode(acts[:, 0])
+            self.counts["base"].add(corpus, base)
+            self.counts["tuned"].add(corpus, codes)
+            made = torch.stack([dictionary.decode(base), dictionary.decode(codes)], 1).float()
+        both = made if method.kind == "crosscoder" else None
+        self.scaling.add(group, acts, codes, both)
+        entries = method.entries(acts, codes, base)
+        self.change.add(entries)
+        for place, side in enumerate(("base", "tuned")):
+            self.variance[side].add(acts[:, place], None if made is None else made[:, place])
+        described = method.written(entries).float() + method.bias
+        self.variance["difference"].add(acts[:, 1] - acts[:, 0], described)
+
+    def finish(self, documents: list[int]) -> Statistics:
+        """The arrays."""
+        arrays = {"scaling/sums": self.scaling.finish(), **self.kinds.arrays(), **self.change.arrays()}
+        for name, counts in self.counts.items():
+            arrays |= counts.arrays(name)
+        arrays |= self.examples.arrays()
+        arrays |= {"split/pairs": self.pairs, "split/counts": self.split.counts()}
+        arrays["mean"] = np.stack([self.variance[side].mean for side in ("base", "tuned")])
+        arrays["difference"] = self.variance["difference"].mean
+        arrays["fve"] = np.array([one.fve() for one in self.variance.values()])
+        arrays["l0"] = np.array(float(self.l0) / max(int(self.tokens.sum()), 1))
+        arrays |= {"tokens": self.tokens, "documents": np.array(documents, np.int64)}
+        return Statistics(arrays)
+
+
+def collect_statistics(
+    method: Method, pair: ModelPair, site: str, texts: Texts, text: TextPass, options: ClassOptions
+) -> Statistics:
+    """Pass over the text once; both models stop at the site.
+
+    Raises:
+        CorpusError: The dictionary fires on no token at all.
+        NumericsError: A model gives NaN or infinity.
+    """
+    sums = _Sums(method, texts, options)
+    with progress("latents of both models", text.tokens, unit="tokens") as advance:
+        for corpus, batch in text:
+            places = texts.places(batch)
+            acts = read_pair(pair, site, batch, places.flat, method.dictionary.device)
+            sums.add(corpus, batch, places, acts)
+            advance(int(places.measured.sum()))
+    found = sums.finish(text.documents)
+    if not found.alive.any():
+        raise CorpusError(
+            "No latent of the dictionary fires on this text",
+            fix="Check that the dictionary was trained on this model and site (palimpsest info DICT --corpus FILE)",
+        )
+    return found
+
+
+def masses(method: Method, statistics: Statistics) -> Float[NDArray, " latents"]:
+    """Σ |entry| ‖change‖ over the measured tokens: how much a latent moves the base."""
+    return statistics.arrays["change/size"] * method.change.norm(dim=1).double().cpu().numpy()

@@ -1,0 +1,182 @@
+"""The text of a diff: named corpora, a share of the tokens from each, and which of their tokens play which part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from palimpsest.corpus import Corpus, Document, Role, TokenBatch, special_ids
+from palimpsest.corpus.batches import bucketed
+from palimpsest.errors import ConfigError, CorpusError, PairError
+from palimpsest.harvest.stream import check_finite, kept_rows
+from palimpsest.log import log
+from palimpsest.models import SIDES, ModelPair
+from palimpsest.options import CorpusOptions, parse_assignment
+
+Part = Literal["all", "even", "odd"]
+"""Which documents a pass reads: every one, or those of even or odd number. What was chosen by looking at the odd ones
+is judged on the even ones."""
+
+GROUPS = 64
+"""Groups of documents that sums per latent are kept for."""
+
+WINDOW = 512
+
+
+class Places(NamedTuple):
+    """The tokens of one batch that a dictionary reads: all but padding and the BOS that begins a sequence.
+
+    Attributes:
+        flat: Their places in the flattened batch.
+        measured: Those that the statistics count (the corpus' own choice).
+        template: Chat-template and special tokens.
+        answer: Tokens that the assistant wrote.
+        document: Number of each token's document in its corpus.
+    """
+
+    flat: Int[Tensor, " tokens"]
+    measured: Bool[Tensor, " tokens"]
+    template: Bool[Tensor, " tokens"]
+    answer: Bool[Tensor, " tokens"]
+    document: Int[Tensor, " tokens"]
+
+
+class Texts:
+    """Named corpora that are read together.
+
+    Args:
+        sources: Each a file, a folder or a data set, with an optional name in front: `math=math.jsonl`.
+        tokenizer: Of the pair.
+        options: How rows are read.
+        context: Tokens that the models can read at once.
+
+    Raises:
+        ConfigError: Two corpora have the same name.
+        CorpusError: A source does not exist.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], tokenizer: Any, options: CorpusOptions, context: int | None
+    ) -> None:
+        named = [parse_assignment(source) for source in sources]
+        self.names = [name for name, _ in named]
+        if len(set(self.names)) != len(self.names):
+            raise ConfigError(
+                "Corpora need different names",
+                expected="NAME=FILE, as in math=math.jsonl",
+                found=", ".join(self.names),
+            )
+        if context is not None and options.max_length > context:
+            log.warning("Documents are cut at the model's context of %d tokens.", context)
+            options = replace(options, max_length=context)
+        self.options, self._tokenizer = options, tokenizer
+        self.corpora = [Corpus(source, tokenizer, name=name, options=options) for name, source in named]
+        self._special = torch.from_numpy(special_ids(tokenizer)).long()
+
+    def pass_over(self, tokens: int, tokens_per_batch: int, part: Part = "all") -> TextPass:
+        """A pass over the first documents of each corpus that hold an equal share of `tokens` measured tokens.
+
+        Raises:
+            CorpusError: A corpus cannot be read, or has no token to measure among the documents of this part.
+        """
+        return TextPass(self.corpora, max(1, tokens // len(self.corpora)), tokens_per_batch, part)
+
+    def places(self, batch: TokenBatch) -> Places:
+        """Which tokens of a batch are read, and what they are."""
+        ids = batch.input_ids.reshape(-1)
+        special = torch.isin(ids, self._special)
+        read = batch.attention_mask.reshape(-1).clone()
+        if not self.options.all_positions:
+            # The first position holds activations unlike all others, which no dictionary of text was trained on.
+            first = torch.arange(len(ids)) % batch.input_ids.shape[1] == 0
+            read &= ~(first & special)
+        flat = read.nonzero().squeeze(1)
+        role = batch.role.reshape(-1)[flat]
+        return Places(
+            flat,
+            batch.keep.reshape(-1)[flat],
+            (role == Role.TEMPLATE) | special[flat],
+            role == Role.ASSISTANT,
+            batch.document.reshape(-1)[flat],
+        )
+
+
+class TextPass:
+    """Batches of a part of the documents, that can be passed over again and again.
+
+    Attributes:
+        documents: How many documents of each corpus are read.
+        tokens: How many of their tokens are measured.
+    """
+
+    def __init__(self, corpora: Sequence[Corpus], tokens: int, tokens_per_batch: int, part: Part) -> None:
+        self._corpora, self._tokens_per_batch, self._part = corpora, tokens_per_batch, part
+        counted = [self._count(corpus, tokens) for corpus in corpora]
+        self._last = [last for last, _, _ in counted]
+        self.documents = [documents for _, documents, _ in counted]
+        self.tokens = sum(found for _, _, found in counted)
+
+    def __iter__(self) -> Iterator[tuple[int, TokenBatch]]:
+        """Number of the corpus, and a batch of it."""
+        for index, (corpus, last) in enumerate(zip(self._corpora, self._last, strict=True)):
+            documents = self._documents(corpus, last)
+            for batch in bucketed(documents, corpus.masking, self._tokens_per_batch, WINDOW):
+                yield index, batch
+
+    def _documents(self, corpus: Corpus, last: int) -> Iterator[Document]:
+        limited = Corpus(
+            corpus.sources,
+            corpus.tokenizer,
+            name=corpus.name,
+            options=replace(corpus.options, max_documents=last),
+        )
+        return (document for document in limited.documents() if self._takes(document.index))
+
+    def _takes(self, index: int) -> bool:
+        return self._part == "all" or index % 2 == (self._part == "odd")
+
+    def _count(self, corpus: Corpus, tokens: int) -> tuple[int, int, int]:
+        found = documents = last = 0
+        for document in corpus.documents():
+            if not self._takes(document.index):
+                continue
+            found += int(corpus.masking.keep(document.roles, document.special).sum())
+            documents, last = documents + 1, document.index + 1
+            if found >= tokens:
+                break
+        if found == 0:
+            which = "" if self._part == "all" else f" in its documents of {self._part} number"
+            raise CorpusError(
+                f"The corpus {corpus.name} has no token to measure{which}",
+                fix="Choose other roles or more documents, or measure all positions",
+            )
+        return last, documents, found
+
+
+@torch.inference_mode()
+def read_pair(
+    pair: ModelPair, site: str, batch: TokenBatch, places: Int[Tensor, " tokens"], device: torch.device
+) -> Float[Tensor, "tokens models d_model"]:
+    """Both models' activations at the places of a batch, in float32; the forward passes stop at the site.
+
+    Raises:
+        NumericsError: A model gives NaN or infinity.
+        PairError: The pair holds one model at a time.
+    """
+    if pair.one_at_a_time:
+        raise PairError(
+            "A diff reads both models at once",
+            found="a pair that holds one model at a time",
+            fix="Load the pair without one_at_a_time",
+        )
+    acts = []
+    for side in SIDES:
+        rows = kept_rows(pair.side(side).read(batch.input_ids, [site]).acts[site], places)
+        check_finite(rows, f"{side} model", site, batch, places)
+        acts.append(rows.to(device, torch.float32))
+    return torch.stack(acts, 1)
