@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         train_dictionaries,
         train_dictionary,
     )
+    from palimpsest.diff import Diff, DiffConfig, run_diff
     from palimpsest.errors import PalimpsestError
     from palimpsest.evaluate import EvaluateConfig, Evaluation, evaluate_dictionary, run_evaluate
     from palimpsest.findings import AuditFinding
@@ -87,6 +88,7 @@ _HOMES = {
         "train_dictionaries",
         "train_dictionary",
     ),
+    "diff": ("Diff", "DiffConfig", "run_diff"),
     "errors": ("PalimpsestError",),
     "evaluate": ("EvaluateConfig", "Evaluation", "evaluate_dictionary", "run_evaluate"),
     "findings": ("AuditFinding",),
@@ -118,6 +120,8 @@ __all__ = [
     "Corpus",
     "CorpusOptions",
     "Dictionary",
+    "Diff",
+    "DiffConfig",
     "EvaluateConfig",
     "Evaluation",
     "HarvestConfig",
@@ -147,6 +151,7 @@ __all__ = [
     "read_header",
     "replace",
     "run_audit",
+    "run_diff",
     "run_evaluate",
     "run_harvest",
     "save_saelens",

@@ -237,7 +237,7 @@ def test_every_row_is_that_of_whole_forward_passes(kind, all_positions, pair, ba
 def test_the_result_does_not_depend_on_how_it_is_cut_up(pair, text, chat, monkeypatch):
     method, texts = Method(dictionary("crosscoder")), texts_of(pair, text, chat, max_length=36)
     whole = patch_pair(method, pair, SITE, texts, candidates(), config())
-    monkeypatch.setattr(effects, "TOKENS_AT_ONCE", 700)
+    monkeypatch.setitem(effects.TOKENS_AT_ONCE, "cpu", 700)
     monkeypatch.setattr(effects, "HEADS_AT_ONCE", 5)
     cut = patch_pair(method, pair, SITE, texts, candidates(), config())
     assert [row.set for row in cut.added] == [row.set for row in whole.added]

@@ -15,8 +15,11 @@ FLAT = Parameter(name="*")
 
 NOTABLE = {
     "audit": ("audit.json", ("summary",)),
+    "diff": ("diff.json", ("summary", "method", "pair", "site", "classes", "tuned_only", "gap", "notes")),
+    "diff-compare": ("compare.json", ("pair", "site", "notes")),
     "dictionaries": ("variants.json", ("site", "view", "dictionaries")),
     "evaluation": ("evaluation.json", ("summary", "site", "view", "tokens", "masking", "notes")),
+    "null-model": ("null.json", ("base", "tuned", "site", "alpha", "drift")),
     "store": ("store.json", ("sites", "models", "d_model", "dtype")),
 }
 """The file of each stage that says most, and its keys worth a line; a dictionary is told by its header."""

@@ -272,14 +272,21 @@ def _mean(values: Any) -> float | None:
 
 
 def _training_seconds(path: str | None) -> float | None:
-    """What training took, where the dictionary's folder is still there and says so."""
+    """What training took, where the folder still says so; of several on one stream, an equal part of their time."""
     if path is None or not Path(path).is_dir():
         return None
+    own, together = _timing(Path(path)), _timing(Path(path).parent)
+    if own is not None or together is None:
+        return own
+    variants = sum((folder / "dictionary.json").exists() for folder in Path(path).parent.iterdir())
+    return together / max(variants, 1)
+
+
+def _timing(folder: Path) -> float | None:
     try:
-        artifact = open_artifact(path, verify=False)
+        return open_artifact(folder, verify=False).manifest.get("timings", {}).get("train")
     except ArtifactError:
         return None
-    return artifact.manifest.get("timings", {}).get("train")
 
 
 def _notes(runs: Sequence[_Run]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Literal, NamedTuple
 
 import torch
@@ -53,15 +54,19 @@ class Method:
         """Read the directions; they share memory with the dictionary where they can.
 
         Raises:
-            DictionaryError: A crosscoder of another number of models, or one that normalises each model's tokens
-                by themselves, whose latents add no fixed direction to the base.
+            DictionaryError: A crosscoder of another number of models, or a crosscoder or diff-SAE that normalises
+                each token by itself, so that it adds no fixed direction or bias to the base.
         """
-        if dictionary.view == "pair" and (dictionary.models != 2 or dictionary.input_norm):
+        both = dictionary.view in ("pair", "diff")
+        if both and (dictionary.models > 2 or dictionary.input_norm):
             raise DictionaryError(
-                "This crosscoder cannot be read as a step from base to tuned",
-                expected="2 models and no input_norm",
+                f"This {KINDS[dictionary.view]} cannot be read as a step from base to tuned",
+                expected="at most 2 models and no input_norm",
                 found=f"{dictionary.models} models, input_norm {dictionary.input_norm}",
             )
+        if dictionary.dtype.itemsize < 4:
+            # Sums over many tokens need more digits, and a CPU has no sparse products in half precision.
+            dictionary = deepcopy(dictionary).float()
         self.kind: Kind = KINDS[dictionary.view]
         self.dictionary = dictionary
         rows, bias = dictionary.W_dec.detach(), dictionary.b_dec.detach()

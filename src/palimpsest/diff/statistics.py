@@ -19,7 +19,7 @@ from palimpsest.diff.examples import TopExamples
 from palimpsest.diff.methods import Method
 from palimpsest.diff.scaling import ScalingSums
 from palimpsest.diff.text import GROUPS, Places, TextPass, Texts, read_pair
-from palimpsest.errors import CorpusError
+from palimpsest.errors import CorpusError, NumericsError
 from palimpsest.log import progress
 from palimpsest.models import ModelPair
 
@@ -135,7 +135,7 @@ def collect_statistics(
 
     Raises:
         CorpusError: The dictionary fires on no token at all.
-        NumericsError: A model gives NaN or infinity.
+        NumericsError: A model or the dictionary gives NaN or infinity.
     """
     sums = _Sums(method, texts, options)
     with progress("latents of both models", text.tokens, unit="tokens") as advance:
@@ -149,6 +149,12 @@ def collect_statistics(
         raise CorpusError(
             "No latent of the dictionary fires on this text",
             fix="Check that the dictionary was trained on this model and site (palimpsest info DICT --corpus FILE)",
+        )
+    if not all(
+        np.isfinite(one).all() for one in (found.arrays["change/size"], found.arrays["scaling/sums"][..., :4])
+    ):
+        raise NumericsError(
+            "The dictionary gives codes that are NaN or infinite", fix="Check its weights, or train it again"
         )
     return found
 
