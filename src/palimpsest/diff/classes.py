@@ -49,7 +49,7 @@ def decoder_cosine(dictionary: Dictionary) -> Float[NDArray, " latents"]:
 
 def classify(
     method: Method, scaling: Scaling, alive: Bool[NDArray, " latents"], options: ClassOptions
-) -> NDArray[np.str_]:
+) -> NDArray:
     """The class of each latent.
 
     A crosscoder's comes from Δnorm. The other dictionaries have one decoder, so theirs comes from ν of the centred
@@ -72,7 +72,7 @@ def classify(
     return found.astype(np.str_)
 
 
-def verdicts(method: Method, scaling: Scaling, options: ClassOptions) -> NDArray[np.str_]:
+def verdicts(method: Method, scaling: Scaling, options: ClassOptions) -> NDArray:
     """What Latent Scaling says of each latent: `tuned-specific`, `rejected` or `undetermined`.
 
     It is asked only where the interval of β_tuned lies above 0 and ν is not below `nu_floor`.
@@ -112,7 +112,7 @@ def split_pairs(method: Method, options: ClassOptions) -> Int[NDArray, "pairs tw
 
 
 def artefacts(
-    found: dict[str, NDArray[np.str_]],
+    found: dict[str, NDArray],
     scaling: Scaling,
     pairs: tuple[Int[NDArray, "pairs two"], Int[NDArray, "pairs three"]],
     options: ClassOptions,

@@ -145,10 +145,12 @@ def _patched(patching: Patching | None) -> dict[str, Any]:
 
 
 def _ranked(evidence: Evidence, given: Any) -> list[dict[str, Any]]:
-    """The latents to look at first: by causal share where it is known, else by how much they move the base."""
+    """The alive latents to look at first: by causal share where it is known, else by how much they move the base."""
     columns = evidence.columns
     share = columns["causal_share"]
-    order = np.abs(share) if np.isfinite(share).any() else columns["activation_change"]
+    # Without a gap every share is 0, which is no order.
+    order = np.abs(share) if np.nan_to_num(share).any() else columns["activation_change"]
+    order = np.where(columns["dead"], -1.0, order)
     chosen = np.argsort(-np.nan_to_num(order), kind="stable")[:RANKED]
     shown = (
         "delta_norm",

@@ -17,19 +17,21 @@ from palimpsest.artifacts import RunFolder, check_claim, disk, input_entry, open
 from palimpsest.corpus.rows import parse_source
 from palimpsest.dictionaries import Dictionary, load_dictionary
 from palimpsest.diff.attribution import AttributionResult, attribute_pair
+from palimpsest.diff.attribution.answers import read_behaviours
 from palimpsest.diff.classes import artefacts, classify, verdicts
 from palimpsest.diff.config import DiffConfig
 from palimpsest.diff.finding import Evidence, finding_of
 from palimpsest.diff.methods import Method
 from palimpsest.diff.nulls import null_rows
-from palimpsest.diff.patching import Candidates, patch_pair
+from palimpsest.diff.patching import Candidates, check_text, patch_pair
 from palimpsest.diff.rankings import rankings
 from palimpsest.diff.result import Attributed, Behaviour, Diff, Patching
 from palimpsest.diff.scaling import Scaling, geometry, scale_latents
-from palimpsest.diff.stability import match_latents, summarise_match
+from palimpsest.diff.stability import check_twin, match_latents, summarise_match
 from palimpsest.diff.statistics import Statistics, collect_statistics, masses
 from palimpsest.diff.table import latent_columns, to_table
 from palimpsest.diff.text import Texts
+from palimpsest.errors import SiteError
 from palimpsest.evaluate.views import origin_notes, site_of
 from palimpsest.models import ModelPair, fingerprint, load_pair
 from palimpsest.options import config_dict, parse_assignment
@@ -106,12 +108,29 @@ def open_inputs(config: DiffConfig) -> Inputs:
     nulls = null_rows(config.null)
     twins = [load_dictionary(path) for path in config.twin]
     pair = load_pair(config.base, config.tuned, config.models)
-    site = site_of(
-        dictionary, pair.base, config.site, loss=config.patching.patch or config.attribution.attribute
-    )
+    site = site_of(dictionary, pair.base, config.site, loss=False)
     method = Method(dictionary.to(pair.base.device))
+    for twin in twins:
+        check_twin(dictionary, twin)
     texts = Texts(config.corpus, pair.tokenizer, config.corpora, pair.base.context)
+    _check_later_passes(config, pair, site, texts)
     return Inputs(config, method, pair, site, texts, twins, nulls)
+
+
+def _check_later_passes(config: DiffConfig, pair: ModelPair, site: str, texts: Texts) -> None:
+    """What a later pass would refuse is refused before the first: with other options a run cannot be resumed."""
+    patching, attribution = config.patching, config.attribution
+    if (patching.patch or attribution.attribute) and ":" in pair.tuned.sites.tap(site).side:
+        raise SiteError(
+            f"Nothing can be put in at {site}",
+            found="a site that its module only reports",
+            fix="Use a residual site, or pass --no-patch and --no-attribute",
+        )
+    if patching.patch:
+        check_text(texts, config)
+    if attribution.attribute:
+        texts.pass_over(1, 1, "odd")
+        read_behaviours(attribution.behaviour, pair.tokenizer, texts, attribution.attribution_tokens)
 
 
 def _measure(run: RunFolder, inputs: Inputs) -> tuple[Diff, dict[str, NDArray]]:
@@ -236,7 +255,8 @@ def _kept(
     seconds[name] = time.perf_counter() - started
     disk.write_bytes(run.part(f"{name}.seconds"), disk.to_json(seconds[name]))
     with disk.replacing(path) as temporary:
-        save_file({key: np.ascontiguousarray(value) for key, value in arrays.items()}, temporary)
+        # Not ascontiguousarray, which makes a row of a scalar.
+        save_file({key: np.asarray(value, order="C") for key, value in arrays.items()}, temporary)
     return arrays
 
 
@@ -269,5 +289,8 @@ def _entries(inputs: Inputs) -> dict[str, Any]:
     entries |= {f"corpus/{corpus.name}": corpus.fingerprint() for corpus in texts.corpora}
     entries |= {f"twin/{index}": entry(path) for index, path in enumerate(config.twin)}
     entries |= {f"null/{index}": entry(path) for index, path in enumerate(config.null)}
-    entries |= {f"behaviour/{index}": entry(path) for index, path in enumerate(config.attribution.behaviour)}
+    entries |= {
+        f"behaviour/{index}": entry(parse_assignment(source)[1])
+        for index, source in enumerate(config.attribution.behaviour)
+    }
     return entries

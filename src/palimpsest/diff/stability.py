@@ -38,21 +38,31 @@ def match_latents(dictionary: Dictionary, twin: Dictionary) -> Match:
     Raises:
         DictionaryError: The two do not describe the same thing.
     """
-    if (dictionary.view, dictionary.d_model) != (twin.view, twin.d_model):
-        raise DictionaryError(
-            "The twin is another kind of dictionary",
-            expected=f"view {dictionary.view}, width {dictionary.d_model}",
-            found=f"view {twin.view}, width {twin.d_model}",
-            fix="Give the same recipe trained with another seed",
-        )
-    rows, others = _unit(dictionary), _unit(twin)
+    check_twin(dictionary, twin)
+    rows = _unit(dictionary)
+    others = _unit(twin).to(rows.device)
     best, place = _closest(rows, others)
     _, back = _closest(others, rows)
     mutual = back[place] == torch.arange(len(place), device=place.device)
     return Match(best.cpu().double().numpy(), place.cpu().numpy(), mutual.cpu().numpy())
 
 
-def summarise_match(match: Match, found: NDArray[np.str_], path: str) -> dict[str, Any]:
+def check_twin(dictionary: Dictionary, twin: Dictionary) -> None:
+    """Refuse to match dictionaries of different things.
+
+    Raises:
+        DictionaryError: They differ in view, models or width.
+    """
+    if (dictionary.view, dictionary.models, dictionary.d_model) != (twin.view, twin.models, twin.d_model):
+        raise DictionaryError(
+            "The twin is another kind of dictionary",
+            expected=f"view {dictionary.view}, width {dictionary.d_model}",
+            found=f"view {twin.view}, width {twin.d_model}",
+            fix="Give the same recipe trained with another seed",
+        )
+
+
+def summarise_match(match: Match, found: NDArray, path: str) -> dict[str, Any]:
     """Scores of the alive latents and of the tuned-only ones.
 
     Args:
@@ -78,6 +88,5 @@ def _unit(dictionary: Dictionary) -> Float[Tensor, "latents features"]:
 def _closest(
     rows: Float[Tensor, "latents features"], others: Float[Tensor, "other_latents features"]
 ) -> tuple[Float[Tensor, " latents"], Int[Tensor, " latents"]]:
-    others = others.to(rows.device)
     parts = [(some @ others.T).max(dim=1) for some in rows.split(TILE)]
     return torch.cat([part.values for part in parts]), torch.cat([part.indices for part in parts])

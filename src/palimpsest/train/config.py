@@ -86,7 +86,7 @@ class TrainSaeConfig:
     """Read activations from a store that `palimpsest harvest` wrote, instead of a model and text."""
 
     side: Literal["base", "tuned"] = "base"
-    """Which model of a store of two."""
+    """Which side of a pair it is: which model of a store of two, and what the dictionary says that it reads."""
 
     training: Annotated[TrainingOptions, FLAT] = field(default_factory=TrainingOptions)
     """How activations reach the trainer, and what is made beside the dictionary."""

@@ -18,7 +18,7 @@ from palimpsest.errors import CorpusError
 from palimpsest.evaluate.estimate import Settings
 from palimpsest.models import ModelPair
 
-__all__ = ["Candidates", "Patcher", "Variant", "patch_pair"]
+__all__ = ["Candidates", "Patcher", "Variant", "check_text", "patch_pair"]
 
 
 def patch_pair(
@@ -69,6 +69,16 @@ def patch_pair(
     if options.generate:
         found = replace(found, samples=continuations(patcher, batches, options.generate))
     return found
+
+
+def check_text(texts: Texts, config: DiffConfig) -> None:
+    """Refuse, before any model runs, text that `patch_pair` would refuse.
+
+    Raises:
+        CorpusError: The text has no predictions to measure, or no answers where their first tokens are asked for.
+    """
+    per_batch = config.models.tokens_per_batch
+    _positions(texts, list(texts.pass_over(config.patching.patch_tokens, per_batch, "even")), config)
 
 
 def _positions(
