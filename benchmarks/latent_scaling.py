@@ -25,7 +25,7 @@ import torch
 
 from palimpsest.dictionaries import Dictionary
 from palimpsest.diff.methods import Method
-from palimpsest.diff.scaling import ScalingSums, betas, geometry
+from palimpsest.diff.scaling import ScalingSums, betas, geometry, with_means
 from palimpsest.diff.text import GROUPS
 from palimpsest.options import parse_count
 
@@ -118,7 +118,10 @@ def main():
         slow = best(1, lambda: direct(dictionary, few)) * options.tokens / options.direct_tokens
         expected, squares = direct(dictionary, few)
         sums = scaling_pass(method, [few], [torch.zeros(len(few), dtype=torch.long)])
-        found = betas(sums.finish().sum(0), geometry(method, few.mean(0).cpu()))
+        total = with_means(
+            method, sums.finish(), few.sum(0)[None].expand(GROUPS, -1, -1).cpu().double().numpy()
+        ).sum(0)
+        found = betas(total, geometry(method), len(few) * GROUPS)
     alive = (squares > 0).cpu()
     scale = (dictionary.W_dec[:, 1].square().sum(1) * squares).cpu()
     difference = max(

@@ -6,7 +6,15 @@ import torch
 
 from palimpsest.dictionaries import Dictionary
 from palimpsest.diff.methods import Method
-from palimpsest.diff.scaling import COLUMNS, ScalingSums, betas, geometry, scale_latents
+from palimpsest.diff.scaling import (
+    COLUMNS,
+    ScalingSums,
+    betas,
+    geometry,
+    scale_latents,
+    with_means,
+    without_own,
+)
 from palimpsest.diff.text import GROUPS
 
 D, N, TOKENS, BATCH = 12, 40, 600, 150
@@ -40,13 +48,22 @@ def pair_of_activations(seed=0):
 
 
 def streamed(method, x):
+    """The sums with what the means need, and the tokens of each group."""
     sums, document = ScalingSums(method), torch.arange(TOKENS) // 7
     with torch.no_grad():
         for rows in torch.arange(TOKENS).split(BATCH):
             codes = method.codes(x[rows])
             made = method.dictionary.decode(codes) if method.kind == "crosscoder" else None
             sums.add(document[rows] % GROUPS, x[rows], codes, made)
-    return sums.finish()
+    activations, group = torch.zeros(GROUPS, 2, D, dtype=x.dtype), document % GROUPS
+    activations.index_add_(0, group, x)
+    return with_means(method, sums.finish(), activations.numpy()), np.bincount(group, minlength=GROUPS)
+
+
+def total(method, x):
+    """β over all tokens."""
+    sums, tokens = streamed(method, x)
+    return betas(sums.sum(0), geometry(method), tokens.sum())
 
 
 def least_squares(code, direction, target):
@@ -59,7 +76,7 @@ def least_squares(code, direction, target):
 def test_every_beta_of_a_crosscoder_is_the_least_squares_solution(activation):
     dictionary, x = crosscoder(activation), pair_of_activations()
     method = Method(dictionary)
-    found = betas(streamed(method, x).sum(0), geometry(method, x.mean(0)))
+    found = total(method, x)
     with torch.no_grad():
         codes = dictionary.encode(x)
         dense, made = codes.dense(), dictionary.decode(codes)
@@ -88,7 +105,7 @@ def test_every_beta_of_a_crosscoder_is_the_least_squares_solution(activation):
 def test_other_dictionaries_have_the_activation_ratio_only(view):
     dictionary, x = sae(view), pair_of_activations()
     method = Method(dictionary)
-    found = betas(streamed(method, x).sum(0), geometry(method, x.mean(0)))
+    found = total(method, x)
     signal = x[:, 1] - x[:, 0] if view == "diff" else x[:, 1]
     with torch.no_grad():
         dense = dictionary.encode(signal).dense()
@@ -111,7 +128,8 @@ def test_the_tuned_error_holds_each_latents_own_contribution_once():
         sums = ScalingSums(method)
         made = dictionary.decode(codes)
         sums.add(torch.zeros(TOKENS, dtype=torch.long), made, codes, made)
-    found = betas(sums.finish().sum(0), geometry(method, made.mean(0)))
+    both = with_means(method, sums.finish(), np.zeros((GROUPS, 2, D)))
+    found = betas(both.sum(0), geometry(method), TOKENS)
     known = np.isfinite(found["error"][1])
     assert known.sum() > N // 2
     np.testing.assert_allclose(found["error"][1][known], 1, atol=1e-9)
@@ -120,7 +138,7 @@ def test_the_tuned_error_holds_each_latents_own_contribution_once():
 def test_token_normalisation_is_undone_in_the_codes():
     dictionary = Dictionary(D, N, activation="topk", k=5, view="tuned", input_norm="layer_norm").double()
     method, x = Method(dictionary), pair_of_activations()
-    found = betas(streamed(method, x).sum(0), geometry(method, x.mean(0)))
+    found = total(method, x)
     with torch.no_grad():
         codes = dictionary.encode(x[:, 1])
         dense = codes.dense() * codes.norm.scale
@@ -132,12 +150,13 @@ def test_token_normalisation_is_undone_in_the_codes():
 def test_intervals_are_those_of_a_bootstrap_over_groups_of_documents():
     dictionary, x = crosscoder(), pair_of_activations()
     method = Method(dictionary)
-    sums, fixed = streamed(method, x), geometry(method, x.mean(0))
-    found = scale_latents(sums, fixed, resamples=800, seed=3)
+    (sums, tokens), fixed = streamed(method, x), geometry(method)
+    found = scale_latents(sums, fixed, tokens, resamples=800, seed=3)
     rng = np.random.default_rng(0)
     draws = rng.integers(0, GROUPS, (3000, GROUPS))
     j = int(np.nanargmax(np.where(np.isfinite(found.nu["error"]), found.groups, 0)))
-    again = betas(np.stack([sums[rows].sum(0) for rows in draws]), fixed)
+    counts = np.array([tokens[rows].sum() for rows in draws])[:, None]
+    again = betas(np.stack([sums[rows].sum(0) for rows in draws]), fixed, counts)
     ratio = again["error"][0][:, j] / again["error"][1][:, j]
     width = found.hi["error"][j] - found.lo["error"][j]
     low, high = np.percentile(ratio, [2.5, 97.5])
@@ -146,10 +165,49 @@ def test_intervals_are_those_of_a_bootstrap_over_groups_of_documents():
 
 
 def test_a_latent_of_one_document_has_a_ratio_but_no_interval():
-    sums = np.zeros((GROUPS, 1, len(COLUMNS)))
-    sums[3] = [[2.0, 1.0, 1.0, 2.0, 1.0, 2.0]]
-    fixed = geometry(Method(crosscoder()), torch.zeros(2, D))
-    one = type(fixed)(fixed.squared[5:6], fixed.own[:, 5:6], fixed.mean[:, 5:6])
-    found = scale_latents(sums, one)
+    sums = np.zeros((GROUPS, 1, len(COLUMNS) + 2))
+    sums[3] = [[2.0, 1.0, 1.0, 2.0, 1.0, 2.0, 0.0, 0.0]]
+    found = scale_latents(sums, geometry(Method(crosscoder())).of(np.array([5])), np.full(GROUPS, 9))
     assert found.nu["activation"][0] == 0.5 and found.groups[0] == 1
     assert np.isnan(found.lo["activation"][0]) and np.isnan(found.beta_tuned_lo["error"][0])
+
+
+def test_a_latent_whose_contribution_is_taken_out_of_the_base_has_the_ratios_that_this_gives():
+    dictionary, x = crosscoder(), pair_of_activations()
+    method, j = Method(dictionary), 7
+    (sums, tokens), fixed = streamed(method, x), geometry(method)
+    found = without_own(scale_latents(sums, fixed, tokens, resamples=100), fixed)
+    with torch.no_grad():
+        codes = dictionary.encode(x)
+        dense, made = codes.dense(), dictionary.decode(codes)
+        own = dense[:, j, None] * dictionary.W_dec[j, 0]
+        direction = dictionary.W_dec[j, 1]
+        tuned = dense[:, j, None] * direction
+    # Base and its reconstruction lose the same, so the error with nothing put back is the old one.
+    base = least_squares(dense[:, j], direction, x[:, 0] - made[:, 0])
+    other = least_squares(dense[:, j], direction, x[:, 1] - made[:, 1] + tuned)
+    assert found.nu["error"][j] == pytest.approx(base / other, rel=1e-6)
+    base = least_squares(dense[:, j], direction, made[:, 0] - own)
+    assert found.nu["reconstruction"][j] == pytest.approx(
+        base / least_squares(dense[:, j], direction, made[:, 1]), rel=1e-6
+    )
+
+
+def test_the_mean_of_resampled_documents_is_resampled_with_them():
+    """A latent that always fires and does not vary between documents is known as well as its documents allow."""
+    rng, latents = np.random.default_rng(0), 300
+    fixed, tokens = geometry(Method(crosscoder())).of(np.full(latents, 5)), np.full(GROUPS, 50.0)
+    fixed = fixed._replace(squared=np.ones(latents), own=np.ones((2, latents)))
+    sums = np.zeros((GROUPS, latents, len(COLUMNS) + 2))
+    for group in range(GROUPS):
+        f = rng.gamma(2, 0.5, (50, latents))
+        offset = rng.normal(0, 1, latents)  # of the document, the same in both models
+        base, tuned = 0.3 * f + offset + rng.normal(0, 0.2, f.shape), f + offset + rng.normal(0, 0.2, f.shape)
+        columns = [f * f, f, f * base, f * tuned, f * base, f * tuned, base, tuned]
+        sums[group] = np.stack([column.sum(0) for column in columns], 1)
+    found = scale_latents(sums, fixed, tokens.astype(int), resamples=400, seed=1)
+    covered = (found.lo["centred"] <= found.nu["centred"]) & (found.nu["centred"] <= found.hi["centred"])
+    truth = 0.3
+    truly = np.mean((found.lo["centred"] <= truth) & (truth <= found.hi["centred"]))
+    assert covered.all() and 0.9 <= truly <= 0.99
+    assert np.median(found.hi["centred"] - found.lo["centred"]) < 0.6

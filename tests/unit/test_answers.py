@@ -58,10 +58,10 @@ def test_plain_text_is_put_end_to_end_and_the_answers_count(tmp_path, tiny_token
 
 def test_what_both_answers_begin_with_cancels(tmp_path, tiny_tokenizer):
     answers, texts = read(
-        tmp_path, tiny_tokenizer, {"prompt": "1 2", "wanted": " 3 4 5", "unwanted": " 3 4 5 6 7"}
+        tmp_path, tiny_tokenizer, {"prompt": "1 2", "wanted": " 3 4 5 8", "unwanted": " 3 4 5 6 7"}
     )
     found = counted(answers, texts, tiny_tokenizer)
-    assert set(found) == {(0, -1.0)} and found[0, -1.0].strip() == "6 7"
+    assert found[0, -1.0].strip() == "6 7" and found[0, 1.0].strip() == "8"
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,15 @@ def test_batches_hold_every_answer_once_and_place_the_activations(tmp_path, tiny
         ([ROW, ROW, "{"], "jsonl:3 is no valid JSON"),
         ([[1, 2]], "holds one JSON array"),
         (["3"], "jsonl:1 is no object"),
-        ([ROW | {"prompt": 5}], "jsonl:1 has a user part of another type.*int"),
+        ([ROW | {"prompt": 5}], "jsonl:1 has a part of another type .user..*int"),
         (
             [{"prompt": [USER], "wanted": [{"role": "pirate", "content": "x"}], "unwanted": [NO]}],
             "jsonl:1 has a mess",
         ),
         ([ROW | {"unwanted": ROW["wanted"]}], "jsonl:1 has two answers that do not differ"),
         ([{"prompt": [YES], "wanted": [USER], "unwanted": [{**USER, "content": "No"}]}], "do not differ"),
+        ([ROW | {"wanted": ""}], "an answer that is empty, or the beginning of the other"),
+        ([ROW | {"unwanted": ROW["wanted"] + " again"}], "or the beginning of the other"),
         ([], "holds no rows"),
         (["", " "], "holds no rows"),
         ([ROW | {"prompt": "river " * 99}], r"would be cut off.*at most 64 tokens.*1 longer.*--max-length"),

@@ -16,7 +16,7 @@ from palimpsest.diff.config import ClassOptions
 from palimpsest.diff.counts import KINDS, Variance
 from palimpsest.diff.examples import AFTER, BEFORE, KEEP, read_examples
 from palimpsest.diff.methods import Method
-from palimpsest.diff.scaling import geometry, scale_latents
+from palimpsest.diff.scaling import geometry, scale_latents, with_means
 from palimpsest.diff.statistics import collect_statistics, masses
 from palimpsest.diff.table import latent_columns, to_table
 from palimpsest.diff.text import GROUPS, Texts
@@ -172,6 +172,7 @@ def case(request, world):
         acts=acts,
         codes=codes,
         entries=entries,
+        every=dense_entries(method, made, torch.stack([one.acts for one in tokens])),
         corpus=np.array([one.corpus for one in measured]),
         found=collected(world, method, texts),
     )
@@ -202,9 +203,7 @@ def test_counts_by_corpus_and_own_views(case):
 
 
 def test_kinds_hold_the_tokens_that_are_not_measured_too(case):
-    arrays = case.found.arrays
-    acts = torch.stack([one.acts for one in case.tokens])
-    codes, _ = dense_entries(case.method, case.made, acts)
+    arrays, codes = case.found.arrays, case.every[0]
     role = np.array([int(one.role) for one in case.tokens])
     np.testing.assert_array_equal(arrays["kind/tokens"], np.bincount(role, minlength=len(KINDS)))
     assert {KINDS[one] for one in np.unique(role)} == {"text", "template", "system", "user", "assistant"}
@@ -215,12 +214,20 @@ def test_kinds_hold_the_tokens_that_are_not_measured_too(case):
 
 def test_what_each_latent_adds_and_what_the_dictionary_leaves(case):
     arrays, method = case.found.arrays, case.method
-    np.testing.assert_allclose(arrays["change/signed"], case.entries.sum(0), rtol=1e-3, atol=1e-3)
-    np.testing.assert_allclose(arrays["change/size"], case.entries.abs().sum(0), rtol=1e-4, atol=1e-3)
-    expected = case.entries.abs().sum(0) * method.change.double().norm(dim=1)
+    # Patching edits every token that is read, so what a latent adds is summed over all of them.
+    every = case.every[1]
+    np.testing.assert_allclose(arrays["change/signed"], every.sum(0), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(arrays["change/size"], every.abs().sum(0), rtol=1e-4, atol=1e-3)
+    expected = every.abs().sum(0) * method.change.double().norm(dim=1)
     np.testing.assert_allclose(masses(method, case.found), expected, rtol=1e-4, atol=1e-3)
+    assert arrays["read"] == len(case.tokens)
     difference = case.acts[:, 1] - case.acts[:, 0]
-    np.testing.assert_allclose(arrays["mean"], case.acts.mean(0), atol=1e-5)
+    group = torch.tensor([one.document % GROUPS for one in case.measured])
+    expected = torch.zeros(GROUPS, 2, D_MODEL, dtype=torch.float64).index_add_(0, group, case.acts)
+    np.testing.assert_allclose(arrays["group/sums"], expected, rtol=1e-4, atol=1e-3)
+    np.testing.assert_array_equal(arrays["group/tokens"], np.bincount(group, minlength=GROUPS))
+    length = case.acts.square().sum(2).mean(0).sqrt()
+    np.testing.assert_allclose(arrays["size"], length, rtol=1e-4)
     np.testing.assert_allclose(arrays["difference"], difference.mean(0), atol=1e-5)
     rows, bias = case.made.W_dec.double(), case.made.b_dec.double()
     fve = arrays["fve"]
@@ -257,8 +264,8 @@ def test_examples_are_the_strongest_of_different_documents_with_their_text(case,
     compared = 0
     for latent in range(LATENTS):
         best = {}
-        for row, value in enumerate(case.codes[:, latent].tolist()):
-            one = case.measured[row]
+        for row, value in enumerate(case.every[0][:, latent].tolist()):
+            one = case.tokens[row]
             if value > best.get((one.corpus, one.document), (0.0, None))[0]:
                 best[one.corpus, one.document] = (value, one)
         expected = sorted(best.values(), key=lambda item: -item[0])[:KEEP]
@@ -284,7 +291,9 @@ def test_many_batches_give_what_one_gives(case, world):
     for name, expected in many.items():
         assert few[name].shape == expected.shape, name
         if name.startswith("example/") and name != "example/value":
-            assert (few[name] == expected).mean() > 0.98, name  # Near ties may change places
+            assert (few[name] == expected).mean() > 0.9, (
+                name
+            )  # Ties, as in template tokens, may change places
         else:
             tolerance = 1 if name.endswith(("fires", "counts")) else 1e-2
             np.testing.assert_allclose(few[name], expected, rtol=1e-3, atol=tolerance, err_msg=name)
@@ -352,7 +361,6 @@ def test_parts_are_disjoint_and_complete(world, tokens):
     parts = {part: documents_of(texts, tokens, part) for part in ("all", "even", "odd")}
     for corpus in range(3):
         whole, even, odd = (parts[part][0][corpus] for part in parts)
-        assert all(number % 2 == 0 for number in even) and all(number % 2 for number in odd)
         assert not even & odd and even and odd
         assert whole == set(range(len(whole)))
         if tokens == 10**6:
@@ -376,12 +384,12 @@ def test_roles_choose_what_is_measured(world):
 
 def test_the_table_is_the_arrays(case):
     arrays, n = case.found.arrays, case.found.tokens
-    fixed = geometry(case.method, torch.from_numpy(arrays["mean"]))
-    scaling = scale_latents(arrays["scaling/sums"], fixed, resamples=100)
+    sums = with_means(case.method, arrays["scaling/sums"], arrays["group/sums"])
+    scaling = scale_latents(sums, geometry(case.method), arrays["group/tokens"], resamples=100)
     given = {"class": np.full(LATENTS, "other"), "verdict": np.full(LATENTS, "rejected")}
     columns = latent_columns(case.method, case.found, scaling, given, case.texts.names)
     assert all(len(column) == LATENTS for column in columns.values())
-    codes, entries = case.codes, case.entries
+    codes = case.codes
     fires = (codes > 0).sum(0).numpy()
     np.testing.assert_allclose(columns["rate"], fires / n, atol=1.1 / n)
     np.testing.assert_allclose(columns["max_activation"], codes.amax(0), atol=1e-4)
@@ -390,14 +398,13 @@ def test_the_table_is_the_arrays(case):
     np.testing.assert_allclose(
         columns["mean_activation"][alive], (codes.sum(0).numpy() / np.maximum(fires, 1))[alive], rtol=0.3
     )
-    assert np.isnan(columns["mean_activation"][columns["dead"]]).all()
-    np.testing.assert_allclose(columns["signed_change"], entries.sum(0) / n, atol=1e-4)
+    assert np.isnan(columns["mean_activation"][case.found.fires == 0]).all()
+    np.testing.assert_allclose(columns["signed_change"], case.every[1].sum(0) / len(case.tokens), atol=1e-4)
     chat = case.corpus == 2
     np.testing.assert_allclose(
         columns["rate[chat]"], (codes[torch.from_numpy(chat)] > 0).double().mean(0), atol=1.1 / chat.sum()
     )
-    acts = torch.stack([one.acts for one in case.tokens])
-    every, _ = dense_entries(case.method, case.made, acts)
+    every = case.every[0]
     template = torch.tensor([one.role == Role.TEMPLATE for one in case.tokens])
     total = every.sum(0).numpy()
     share = np.where(total > 0, every[template].sum(0).numpy() / np.maximum(total, 1e-12), np.nan)
@@ -432,8 +439,9 @@ def test_text_that_cannot_be_used(world):
     with pytest.raises(CorpusError, match="nowhere"):
         texts_of(world, ["a=nowhere.jsonl"])
     lonely = write_rows(world.root / "lonely.jsonl", [{"text": "one river"}])
-    with pytest.raises(CorpusError, match="odd number"):
-        texts_of(world, [str(lonely)]).pass_over(100, 100, "odd")
+    with pytest.raises(CorpusError, match="checksums"):
+        for part in ("odd", "even"):
+            texts_of(world, [str(lonely)]).pass_over(100, 100, part)
     with pytest.raises(CorpusError, match="no token to measure"):
         texts_of(world, world.corpora[:1], roles=("assistant",)).pass_over(100, 100)
 

@@ -1,5 +1,6 @@
 """A diff as tables in the terminal."""
 
+import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,7 @@ def show(found: Diff, path: str) -> None:
     """Print what a diff found."""
     from rich.console import Console
 
-    width = None if console().is_terminal else 130
-    out = Console(width=width, markup=False, emoji=False, highlight=False)
+    out = Console(width=_width(), markup=False, emoji=False, highlight=False)
     say(found.summary)
     say("")
     out.print(_counts(found))
@@ -26,15 +26,28 @@ def show(found: Diff, path: str) -> None:
         out.print(_baselines(found))
         out.print(_halves(found))
         _curves(found)
+    if found.patched.get("base_kl"):
+        own = ", ".join(f"{value:.3f} ({place})" for place, value in found.patched["base_kl"].items())
+        say(f"KL of the base model itself: {own} nats per prediction")
     for one in found.attribution:
         _attributed(one)
     if found.ranked:
         out.print(_ranked(found))
+        _examples(found)
     for number, group in enumerate(found.behaviours[:5], 1):
         _behaviour(number, group)
+    if found.patched.get("samples"):
+        say(
+            f"{len(found.patched['samples'])} continuations of base, tuned and patched model are in diff.json."
+        )
     for note in found.notes:
         say(f"! {note}")
     say(f"Written to {path}")
+
+
+def _width() -> int | None:
+    """The terminal's, or what COLUMNS says; enough for every table where neither does."""
+    return None if console().is_terminal or "COLUMNS" in os.environ else 130
 
 
 def _table(title: str, columns: Iterable[str]) -> "Table":
@@ -60,6 +73,10 @@ def _counts(found: Diff) -> "Table":
         table.add_row(name, f"{count:,}")
     table.add_row("tuned-only that survive Latent Scaling", f"{only['surviving']:,}")
     table.add_row("… rejected / undetermined", f"{only['rejected']:,} / {only['undetermined']:,}")
+    if only.get("sensitivity"):
+        seen = only["sensitivity"]
+        text = f"{seen['tuned-specific']:.0%} / {seen['rejected']:.0%} / {seen['undetermined']:.0%}"
+        table.add_row("… if the base lacked them: pass / rejected / undetermined", text)
     null = f"{_number(only['null'], 1)} of {_number(only['null_raw'], 1)}"
     table.add_row("… in null pairs, mean", "–" if only["null"] is None else null)
     for row in found.stability:
@@ -91,8 +108,9 @@ def _baselines(found: Diff) -> "Table":
 
 def _halves(found: Diff) -> "Table":
     """The better and worse half by each ranking, beside random sets and directions; and the better one taken out."""
-    columns = ("ranking", "latents", "better half", "worse half", "random sets", "random directions")
-    table = _table("Halves: % of the KL recovered", (*columns, "taken out", "random taken out"))
+    columns = ("ranking", "latents", "better", "worse", "random", "directions")
+    title = "Halves of the strongest and their controls: % recovered; taken out: % of the KL of none"
+    table = _table(title, (*columns, "taken out", "random taken out"))
     added, removed = (
         [row for row in rows if row.positions == "all"] for rows in (found.patching, found.removal)
     )
@@ -115,7 +133,8 @@ def _halves(found: Diff) -> "Table":
 
 def _curves(found: Diff) -> None:
     """How much the strongest n latents of each ranking recover."""
-    rows = [row for row in found.patching if row.set.startswith("top:") and row.positions == "all"]
+    place = found.patching[0].positions
+    rows = [row for row in found.patching if row.set.startswith("top:") and row.positions == place]
     for name in dict.fromkeys(row.set for row in rows):
         points = [f"{row.size:,}: {_percent(row.share)}" for row in rows if row.set == name]
         say(f"Strongest n by {name.partition(':')[2]}: " + ", ".join(points))
@@ -127,7 +146,7 @@ def _share(rows: list[PatchRow]) -> str:
     if not known:
         return "–"
     if len(rows) > 1:
-        return f"{_100(sum(known) / len(known))} ({_100(min(known))} to {_100(max(known))})"
+        return f"{_100(sum(known) / len(known))} ({_100(min(known))}–{_100(max(known))})"
     bounds = rows[0].ci
     return _100(known[0]) + ("" if bounds is None else f" [{_100(bounds[0])}, {_100(bounds[1])}]")
 
@@ -154,38 +173,29 @@ def _attributed(one: Attributed) -> None:
 
 def _ranked(found: Diff) -> "Table":
     ratio = "nu_error" if found.method == "crosscoder" else "nu_centred"
-    columns = (
-        "latent",
-        "class",
-        "verdict",
-        "Δnorm",
-        ratio,
-        "interval",
-        "causal share",
-        "rate",
-        "strongest on",
-    )
+    columns = ("latent", "class", "verdict", "Δnorm", ratio, "interval", "causal share", "rate")
     table = _table(f"The {SHOWN} latents to look at first", columns)
     for row in found.ranked[:SHOWN]:
         bounds = row[f"{ratio}_ci"]
-        example = row["examples"][0] if row["examples"] else None
-        text = (
-            "–"
-            if example is None
-            else f"{example['before'][-24:]}[{example['token']}]{example['after'][:12]}"
-        )
         table.add_row(
             str(row["latent"]),
             row["class"],
             row["verdict"],
-            _number(row["delta_norm"]),
-            _number(row[ratio]),
+            _number(row["delta_norm"], 2),
+            _number(row[ratio], 2),
             "–" if bounds is None else f"[{bounds[0]:.2f}, {bounds[1]:.2f}]",
             "–" if row["causal_share"] is None else f"{row['causal_share']:.2%}",
             _number(row["rate"], 4),
-            _shown(text),
         )
     return table
+
+
+def _examples(found: Diff) -> None:
+    """On which token each of these latents is strongest, in its text."""
+    for row in found.ranked[:SHOWN]:
+        for example in row["examples"][:1]:
+            text = f"{example['before'][-36:]}[{example['token']}]{example['after'][:20]}"
+            say(f"  {row['latent']:>6}  {example['corpus']}: {_shown(text)}")
 
 
 def _behaviour(number: int, group: Behaviour) -> None:

@@ -68,7 +68,7 @@ def line_records(path: Path, fields: tuple[str, str]) -> Records:
                     raise CorpusError(
                         f"{path} holds one JSON array",
                         expected="one JSON object per line",
-                        fix=f"Write it as lines, e.g. jq -c '.[]' {path.name} > {path.stem}.jsonl",
+                        fix=f"Write it as lines, e.g. jq -c '.[]' {path.name} > {path.stem}.lines.jsonl",
                     )
                 yield f"{path}:{number}", _parse(f"{path}:{number}", line)
     except (OSError, EOFError, zlib.error) as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from palimpsest.dictionaries import Dictionary
 from palimpsest.diff.config import ClassOptions
 from palimpsest.diff.methods import Method
-from palimpsest.diff.scaling import Scaling
+from palimpsest.diff.scaling import Geometry, Scaling, without_own
 
 CLASSES = ("tuned-only", "shared", "base-only", "other", "dead")
 VERDICTS = ("tuned-specific", "rejected", "undetermined")
@@ -87,6 +87,19 @@ def verdicts(method: Method, scaling: Scaling, options: ClassOptions) -> NDArray
         )
         passed = np.logical_and.reduce([scaling.nu[name] < limit for name, limit in rules.items()])
     return np.where(asked, np.where(passed, "tuned-specific", "rejected"), "undetermined").astype(np.str_)
+
+
+def sensitivity(
+    method: Method, scaling: Scaling, fixed: Geometry, alive: Bool[NDArray, " latents"], options: ClassOptions
+) -> dict[str, float] | None:
+    """Shares of the alive latents that the rule would call each verdict if the base did not hold them.
+
+    None for a diff-SAE, whose latents are no contribution to the base.
+    """
+    if method.kind == "diff-sae" or not alive.any():
+        return None
+    found = verdicts(method, without_own(scaling, fixed), options)[alive]
+    return {name: float((found == name).mean()) for name in VERDICTS}
 
 
 def split_pairs(method: Method, options: ClassOptions) -> Int[NDArray, "pairs two"]:

@@ -61,14 +61,16 @@ class Compared:
     tokens: int
     """Tokens that statistics and scaling were taken over."""
     fve: dict[str, float | None]
-    raw: int
-    """Latents that look tuned-only."""
+    raw: int | None
+    """Latents that look tuned-only; None for one decoder, where Latent Scaling is all there is."""
     surviving: int
     """Of them those that Latent Scaling finds tuned-specific."""
     undetermined: int
     null: float | None
     """Surviving in null pairs, on average; None without null diffs."""
     null_raw: float | None
+    sensitivity: float | None
+    """Share of the alive latents that the rule would pass if the base lacked them; None for a diff-SAE."""
     stability: dict[str, float | None]
     """Mean cosine with the closest latent of a twin, of `alive` and of `tuned_only` latents; empty without twins."""
     recovered: dict[str, PatchRow]
@@ -218,11 +220,12 @@ def _row(run: _Run) -> Compared:
         trained_tokens=(described.get("metadata") or {}).get("tokens"),
         tokens=diff.tokens,
         fve=diff.fve,
-        raw=only["raw"],
+        raw=only["raw"] if diff.method == "crosscoder" else None,
         surviving=only["surviving"],
         undetermined=only["undetermined"],
         null=only.get("null"),
         null_raw=only.get("null_raw"),
+        sensitivity=(only.get("sensitivity") or {}).get("tuned-specific"),
         stability=_stability(diff),
         recovered={row.positions: row for row in diff.patching if row.set == WHOLE},
         halves=_halves(diff.patching),

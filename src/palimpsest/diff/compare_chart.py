@@ -18,7 +18,8 @@ def draw(found: Comparison) -> dict[str, bytes]:
     """The chart as `svg` and `png`; empty where no diff has a share of the KL."""
     rows = [
         {
-            "diff": f"{row.name}: {label(row)}",
+            # A control code in a folder's name cannot stand in an SVG.
+            "diff": "".join(c if c.isprintable() else "?" for c in f"{row.name}: {label(row)}"),
             "predictions": NAMES[place],
             "share": one.share,
             "low": one.ci[0] if one.ci else one.share,

@@ -29,7 +29,9 @@ METHODS = {
 
 GUIDE = (
     "**Tuned-only latents**: read *surviving* beside *null*, what the same recipe finds in pairs whose tuned model "
-    "holds nothing new. The raw count depends on the recipe more than on the models. Without a null it stands alone.",
+    "holds nothing new. The raw count depends on the recipe more than on the models. Without a null it stands alone. "
+    "*Rule would pass* is a positive control: the share of latents that Latent Scaling would call tuned-specific if "
+    "the base lacked them. Where it is small, few survivors are no evidence that nothing is new.",
     "**Share of the KL gap**: 100 % would mean that the latents carry all of what makes the tuned model predict "
     "otherwise from this site on. A ranking is worth something where *best* is above *worst* and above *random* sets "
     "of the same weight; where it is not, that ranking finds no causes here.",
@@ -77,6 +79,7 @@ def _methods(rows: Sequence[Compared]) -> list[str]:
         "trained on",
         "FVE base / tuned / difference",
         "tuned-only raw / surviving / null",
+        "rule would pass",
         "stability alive / tuned-only",
         "seconds training / diff",
     ]
@@ -89,7 +92,8 @@ def _methods(rows: Sequence[Compared]) -> list[str]:
             f"{row.l0:.1f}",
             _number(row.trained_tokens, ","),
             " / ".join(_number(row.fve.get(key), ".3f") for key in ("base", "tuned", "difference")),
-            f"{row.raw:,} / {row.surviving:,} / {_number(row.null, '.1f')}",
+            f"{_number(row.raw, ',')} / {row.surviving:,} / {_number(row.null, '.1f')}",
+            _number(row.sensitivity, ".0%"),
             " / ".join(_number(row.stability.get(key), ".2f") for key in ("alive", "tuned_only")),
             f"{_number(row.train_seconds, '.0f')} / {row.diff_seconds:.0f}",
         ]

@@ -33,6 +33,13 @@ class ClassOptions:
 
     def __post_init__(self) -> None:
         """Require an order of the lines."""
+        limits = (self.nu_error, self.nu_reconstruction, self.nu_activation)
+        if not all(self.nu_floor < limit for limit in limits) or self.nu_activation <= 0:
+            raise ConfigError(
+                "No latent could pass",
+                expected="every nu limit above nu-floor",
+                found=(*limits, self.nu_floor),
+            )
         lines = (0, self.base_only, self.shared_from, self.shared_to, self.tuned_only, 1)
         if list(lines) != sorted(lines):
             raise ConfigError(
@@ -50,7 +57,7 @@ class PatchOptions:
     patch: Annotated[bool, Parameter(negative="--no-patch")] = True
     """Run the tuned model's upper layers on patched activations: how much of the KL does each set recover?"""
     patch_tokens: Count = 10_000
-    """Tokens whose predictions are measured (documents of even number)."""
+    """Tokens whose predictions are measured, in one half of the documents."""
     positions: tuple[Literal["all", "first"], ...] = ()
     """Which predictions: all measured ones, the first answer tokens; by default both, where the text has answers."""
     first: Count = 9
@@ -59,7 +66,7 @@ class PatchOptions:
     """Share of the alive latents whose better and worse half are compared."""
     random_sets: Count = 3
     """Random sets of latents, and sets of random directions, for each best half."""
-    generate: Annotated[int, Parameter()] = 0
+    generate: int = 0
     """Prompts that base, tuned and patched model continue, as samples to read."""
 
     def __post_init__(self) -> None:
@@ -80,7 +87,7 @@ class AttributionOptions:
     attribute: Annotated[bool, Parameter(negative="--no-attribute")] = True
     """Attribute the KL to latents by gradients that are integrated from base to tuned."""
     attribution_tokens: Count = 5_000
-    """Tokens whose KL is attributed (documents of odd number)."""
+    """Tokens whose KL is attributed, in the other half of the documents."""
     steps: Count = 8
     """Points between base and tuned at which gradients are taken."""
     differing: Number = 0.05
@@ -123,6 +130,12 @@ class DiffConfig:
     tokens: Count = 200_000
     """Tokens that statistics and Latent Scaling are taken over, rounded up to whole documents."""
 
+    template: bool = False
+    """Measure chat-template and special tokens too, all but the BOS that begins a sequence."""
+
+    other_pair: bool = False
+    """Read a dictionary that names other models than these."""
+
     twin: tuple[str, ...] = ()
     """The same dictionary trained with other seeds: how stable is each latent?"""
 
@@ -154,6 +167,7 @@ class DiffConfig:
         """Require text and sound intervals, and both models at once."""
         if not self.corpus:
             raise ConfigError("A diff needs text", expected="--corpus FILE or --corpus NAME=FILE")
+        self._check_unused()
         if self.models.one_at_a_time:
             raise ConfigError("A diff reads both models at once", fix="Leave --one-at-a-time out")
         if not 0.5 <= self.confidence < 1:
@@ -164,3 +178,15 @@ class DiffConfig:
             raise ConfigError(
                 "Too few resamples for an interval", expected="at least 100", found=self.resamples
             )
+
+    def _check_unused(self) -> None:
+        """Refuse options of a pass that is left out."""
+        unused = {
+            "--positions": self.patching.positions and not self.patching.patch,
+            "--generate": self.patching.generate and not self.patching.patch,
+            "--behaviour": self.attribution.behaviour and not self.attribution.attribute,
+        }
+        for flag, said in unused.items():
+            if said:
+                without = "--no-attribute" if flag == "--behaviour" else "--no-patch"
+                raise ConfigError(f"{flag} does nothing with {without}", fix="Leave one of them out")

@@ -67,7 +67,7 @@ class KindSums:
 
 
 class ChangeSums:
-    """What each latent adds to the base: Σ |entry| and Σ entry over the measured tokens."""
+    """What each latent adds to the base: Σ |entry| and Σ entry over all tokens that are read, as patching does."""
 
     def __init__(self, n_latents: int, device: torch.device) -> None:
         self._size = torch.zeros(n_latents, dtype=torch.float64, device=device)
@@ -101,6 +101,12 @@ class Variance:
         self._scalars[2] += (
             torch.nan if described is None else (x - described).square().sum(dtype=torch.float64)
         )
+
+    @property
+    def size(self) -> float:
+        """Root mean square length of the signal."""
+        n, squares, _ = self._scalars.tolist()
+        return (squares / n) ** 0.5
 
     @property
     def mean(self) -> Float[NDArray, " d_model"]:

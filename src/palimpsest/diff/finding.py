@@ -18,7 +18,7 @@ from palimpsest.diff.summary import summarise
 from palimpsest.diff.table import NAMES
 
 if TYPE_CHECKING:
-    from palimpsest.diff.run import Inputs
+    from palimpsest.diff.inputs import Inputs
 
 RANKED = 50
 """Latents that the finding shows with examples."""
@@ -74,7 +74,7 @@ def finding_of(evidence: Evidence, inputs: Any, seconds: dict[str, float], notes
         l0=float(arrays["l0"]),
         dead=classes["dead"],
         classes=classes,
-        tuned_only=_tuned_only(columns, evidence.nulls),
+        tuned_only=_tuned_only(columns, evidence.nulls, evidence.rows["sensitivity"]),
         thresholds={key: float(value) for key, value in vars(config.classes).items()},
         confidence=config.confidence,
         resamples=config.resamples,
@@ -96,7 +96,9 @@ def finding_of(evidence: Evidence, inputs: Any, seconds: dict[str, float], notes
     return summarise(found)
 
 
-def _tuned_only(columns: dict[str, NDArray], nulls: list[dict[str, Any]]) -> dict[str, Any]:
+def _tuned_only(
+    columns: dict[str, NDArray], nulls: list[dict[str, Any]], sensitivity: dict[str, float] | None
+) -> dict[str, Any]:
     tuned = columns["class"] == "tuned-only"
     counts = {name: int((tuned & (columns["verdict"] == name)).sum()) for name in VERDICTS}
     return {
@@ -106,6 +108,7 @@ def _tuned_only(columns: dict[str, NDArray], nulls: list[dict[str, Any]]) -> dic
         "undetermined": counts["undetermined"],
         "null": null_count(nulls, "surviving"),
         "null_raw": null_count(nulls, "raw"),
+        "sensitivity": sensitivity,
     }
 
 
@@ -180,20 +183,22 @@ def _ranked(evidence: Evidence, given: Any) -> list[dict[str, Any]]:
 
 def _notes(evidence: Evidence, kind: str) -> list[str]:
     notes = []
-    mean = np.linalg.norm(evidence.statistics.arrays["mean"], axis=1)
-    if kind == "crosscoder" and mean.min() > 0 and mean.max() / mean.min() > LOUDER:
+    size, hidden = evidence.statistics.arrays["size"], int(evidence.statistics.unmeasured.sum())
+    if kind == "crosscoder" and size.min() > 0 and size.max() / size.min() > LOUDER:
         notes.append(
-            f"The mean activation of the tuned model is {mean[1] / mean[0]:.2f} times as long as the base's: "
-            "Δnorm compares decoder lengths as they are, so shared latents may lie beside 0.5."
+            f"Activations of the tuned model are {size[1] / size[0]:.2f} times as long as the base's: Δnorm compares "
+            "decoder lengths as they are, so shared latents may lie beside 0.5."
+        )
+    if hidden:
+        notes.append(
+            f"{hidden:,} latents fire on template and special tokens only, which are not measured (--template measures "
+            "them): they have a class, but no ratio."
         )
     if kind != "crosscoder":
         notes.append(
             "This dictionary has one decoder: latents are classed by ν of the centred activations, and the ratios of "
             "reconstruction and error are not defined."
         )
-    for row in evidence.nulls:
-        if row["method"] != kind:
-            notes.append(f"The null diff {row['path']} is one of a {row['method']}, not of a {kind}.")
     if not evidence.nulls:
         notes.append("No null diff was given (--null): the number of tuned-only latents stands alone.")
     return notes

@@ -2,55 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
 
-from palimpsest.artifacts import RunFolder, check_claim, disk, input_entry, open_artifact
-from palimpsest.corpus.rows import parse_source
-from palimpsest.dictionaries import Dictionary, load_dictionary
+from palimpsest.artifacts import RunFolder, check_claim, open_artifact
 from palimpsest.diff.attribution import AttributionResult, attribute_pair
-from palimpsest.diff.attribution.answers import read_behaviours
-from palimpsest.diff.classes import artefacts, classify, verdicts
+from palimpsest.diff.classes import artefacts, classify, sensitivity, verdicts
 from palimpsest.diff.config import DiffConfig
 from palimpsest.diff.finding import Evidence, finding_of
-from palimpsest.diff.methods import Method
-from palimpsest.diff.nulls import null_rows
-from palimpsest.diff.patching import Candidates, check_text, patch_pair
+from palimpsest.diff.inputs import Inputs, manifest_inputs, open_inputs
+from palimpsest.diff.nulls import COMPARED, null_notes
+from palimpsest.diff.passes import kept_arrays, kept_values
+from palimpsest.diff.patching import Candidates, patch_pair
 from palimpsest.diff.rankings import rankings
 from palimpsest.diff.result import Attributed, Behaviour, Diff, Patching
-from palimpsest.diff.scaling import Scaling, geometry, scale_latents
-from palimpsest.diff.stability import check_twin, match_latents, summarise_match
+from palimpsest.diff.scaling import Scaling, geometry, scale_latents, with_means
+from palimpsest.diff.stability import match_latents, summarise_match
 from palimpsest.diff.statistics import Statistics, collect_statistics, masses
 from palimpsest.diff.table import latent_columns, to_table
-from palimpsest.diff.text import Texts
-from palimpsest.errors import SiteError
-from palimpsest.evaluate.views import origin_notes, site_of
-from palimpsest.models import ModelPair, fingerprint, load_pair
-from palimpsest.options import config_dict, parse_assignment
+from palimpsest.evaluate.views import origin_notes
+from palimpsest.options import config_dict
 
 STAGE = "diff"
 RESULT = "diff.json"
 LATENTS = "latents.parquet"
-
-
-class Inputs(NamedTuple):
-    """What a diff reads, opened and checked."""
-
-    config: DiffConfig
-    method: Method
-    pair: ModelPair
-    site: str
-    texts: Texts
-    twins: list[Dictionary]
-    nulls: list[dict[str, Any]]
 
 
 def run_diff(config: DiffConfig) -> Diff:
@@ -69,7 +49,7 @@ def run_diff(config: DiffConfig) -> Diff:
         config.run.out,
         stage=STAGE,
         config=config_dict(config),
-        inputs=_entries(inputs),
+        inputs=manifest_inputs(inputs),
         seed=config.run.seed,
         device=str(inputs.pair.base.device),
         models={"base": config.base, "tuned": config.tuned},
@@ -96,50 +76,13 @@ def read_diff(path: str | Path) -> Diff:
     return Diff.from_dict(open_artifact(path, stage=STAGE).read_json(RESULT))
 
 
-def open_inputs(config: DiffConfig) -> Inputs:
-    """Load and check everything that a diff reads; the cheap checks first.
-
-    Raises:
-        PalimpsestError: Something is missing, or does not fit the rest.
-    """
-    for source in config.corpus:
-        parse_source(parse_assignment(source)[1])
-    dictionary = load_dictionary(config.dictionary)
-    nulls = null_rows(config.null)
-    twins = [load_dictionary(path) for path in config.twin]
-    pair = load_pair(config.base, config.tuned, config.models)
-    site = site_of(dictionary, pair.base, config.site, loss=False)
-    method = Method(dictionary.to(pair.base.device))
-    for twin in twins:
-        check_twin(dictionary, twin)
-    texts = Texts(config.corpus, pair.tokenizer, config.corpora, pair.base.context)
-    _check_later_passes(config, pair, site, texts)
-    return Inputs(config, method, pair, site, texts, twins, nulls)
-
-
-def _check_later_passes(config: DiffConfig, pair: ModelPair, site: str, texts: Texts) -> None:
-    """What a later pass would refuse is refused before the first: with other options a run cannot be resumed."""
-    patching, attribution = config.patching, config.attribution
-    if (patching.patch or attribution.attribute) and ":" in pair.tuned.sites.tap(site).side:
-        raise SiteError(
-            f"Nothing can be put in at {site}",
-            found="a site that its module only reports",
-            fix="Use a residual site, or pass --no-patch and --no-attribute",
-        )
-    if patching.patch:
-        check_text(texts, config)
-    if attribution.attribute:
-        texts.pass_over(1, 1, "odd")
-        read_behaviours(attribution.behaviour, pair.tokenizer, texts, attribution.attribution_tokens)
-
-
 def _measure(run: RunFolder, inputs: Inputs) -> tuple[Diff, dict[str, NDArray]]:
     """All passes, in an order in which each can use what the last one found."""
     config, method = inputs.config, inputs.method
     seconds: dict[str, float] = {}
     text = inputs.texts.pass_over(config.tokens, config.models.tokens_per_batch)
     statistics = Statistics(
-        _kept(
+        kept_arrays(
             run,
             "statistics",
             seconds,
@@ -163,17 +106,27 @@ def _measure(run: RunFolder, inputs: Inputs) -> tuple[Diff, dict[str, NDArray]]:
     patching = _patch(run, inputs, statistics, columns, seconds) if config.patching.patch else None
     evidence = Evidence(statistics, scaling, columns, rows, patching, attribution, inputs.nulls)
     notes = inputs.pair.notes + origin_notes(method.dictionary, inputs.pair, inputs.site)
+    notes += null_notes(inputs.nulls, _own(inputs, statistics.tokens))
     return finding_of(evidence, inputs, seconds, notes), columns
+
+
+def _own(inputs: Inputs, tokens: int) -> dict[str, Any]:
+    """The figures of this diff that a null should share."""
+    described = inputs.method.dictionary.describe()
+    trained = described["metadata"].get("tokens")
+    thresholds = {key: float(value) for key, value in vars(inputs.config.classes).items()}
+    own = {key: described[key] for key in COMPARED}
+    return own | {"tokens": tokens, "trained_on": trained, "thresholds": thresholds}
 
 
 def _scale(inputs: Inputs, statistics: Statistics) -> tuple[Scaling, dict[str, NDArray], dict[str, Any]]:
     """Ratios with intervals, the class and verdict of each latent, artefacts and stability."""
-    import torch
-
     config, method, arrays = inputs.config, inputs.method, statistics.arrays
+    fixed = geometry(method)
     scaling = scale_latents(
-        arrays["scaling/sums"],
-        geometry(method, torch.from_numpy(arrays["mean"])),
+        with_means(method, arrays["scaling/sums"], arrays["group/sums"]),
+        fixed,
+        arrays["group/tokens"],
         confidence=config.confidence,
         resamples=config.resamples,
         seed=config.run.seed,
@@ -183,6 +136,7 @@ def _scale(inputs: Inputs, statistics: Statistics) -> tuple[Scaling, dict[str, N
         "verdict": verdicts(method, scaling, config.classes),
     }
     rows: dict[str, Any] = {"artefacts": {}, "stability": []}
+    rows["sensitivity"] = sensitivity(method, scaling, fixed, statistics.alive, config.classes)
     if method.kind == "crosscoder":
         pairs = (arrays["split/pairs"], arrays["split/counts"])
         rows["artefacts"] = artefacts(found, scaling, pairs, config.classes)
@@ -209,7 +163,7 @@ def _attribute(run: RunFolder, inputs: Inputs, seconds: dict[str, float]) -> Att
             "by_behaviour": {name: share.tolist() for name, share in found.by_behaviour.items()},
         }
 
-    kept = _kept_json(run, "attribution", seconds, compute)
+    kept = kept_values(run, "attribution", seconds, compute)
     if made:
         return made[0]
     return AttributionResult(
@@ -239,58 +193,4 @@ def _patch(
     def compute() -> dict[str, Any]:
         return asdict(patch_pair(method, inputs.pair, inputs.site, inputs.texts, candidates, config))
 
-    return Patching.from_dict(_kept_json(run, "patching", seconds, compute))
-
-
-def _kept(
-    run: RunFolder, name: str, seconds: dict[str, float], compute: Callable[[], dict[str, NDArray]]
-) -> dict[str, NDArray]:
-    """The arrays of a pass: computed, or read where an interrupted run finished it."""
-    path = run.part(f"{name}.safetensors")
-    if path.exists():
-        seconds[name] = json.loads(run.part(f"{name}.seconds").read_text())
-        return load_file(path)
-    started = time.perf_counter()
-    arrays = compute()
-    seconds[name] = time.perf_counter() - started
-    disk.write_bytes(run.part(f"{name}.seconds"), disk.to_json(seconds[name]))
-    with disk.replacing(path) as temporary:
-        # Not ascontiguousarray, which makes a row of a scalar.
-        save_file({key: np.asarray(value, order="C") for key, value in arrays.items()}, temporary)
-    return arrays
-
-
-def _kept_json(
-    run: RunFolder, name: str, seconds: dict[str, float], compute: Callable[[], dict[str, Any]]
-) -> dict[str, Any]:
-    """The same for plain values."""
-    path = run.part(f"{name}.json")
-    if not path.exists():
-        started = time.perf_counter()
-        values = compute()
-        values["seconds"] = time.perf_counter() - started
-        disk.write_bytes(path, disk.to_json(values))
-    kept = json.loads(path.read_text())
-    seconds[name] = kept.pop("seconds")
-    return kept
-
-
-def _entries(inputs: Inputs) -> dict[str, Any]:
-    config, texts = inputs.config, inputs.texts
-
-    def entry(path: str) -> dict[str, Any]:
-        return input_entry(path) if Path(path).exists() else {"path": path, "sha256": None}
-
-    entries = {
-        "dictionary": entry(config.dictionary),
-        "base": {"path": config.base, "sha256": fingerprint(inputs.pair.base)},
-        "tuned": {"path": config.tuned, "sha256": fingerprint(inputs.pair.tuned)},
-    }
-    entries |= {f"corpus/{corpus.name}": corpus.fingerprint() for corpus in texts.corpora}
-    entries |= {f"twin/{index}": entry(path) for index, path in enumerate(config.twin)}
-    entries |= {f"null/{index}": entry(path) for index, path in enumerate(config.null)}
-    entries |= {
-        f"behaviour/{index}": entry(parse_assignment(source)[1])
-        for index, source in enumerate(config.attribution.behaviour)
-    }
-    return entries
+    return Patching.from_dict(kept_values(run, "patching", seconds, compute))

@@ -11,7 +11,7 @@ Source: Minder et al., arXiv 2504.02922, section 3; the error targets follow fro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -97,43 +97,62 @@ class ScalingSums:
 
 
 class Geometry(NamedTuple):
-    """What the decoder and the text add to the sums.
+    """What the decoder adds to the sums.
 
     Attributes:
         squared: ‖d‖² of each latent's direction.
         own: d · d_m / ‖d‖² for base and tuned: what a latent's own contribution adds to the β of an error.
-        mean: d · mean activation of base and tuned.
     """
 
     squared: Float[NDArray, " latents"]
     own: Float[NDArray, "models latents"]
-    mean: Float[NDArray, "models latents"]
+
+    def of(self, latents: Int[NDArray, " some"]) -> Geometry:
+        """That of some latents."""
+        return Geometry(self.squared[latents], self.own[:, latents])
 
 
-def geometry(method: Method, mean: Float[Tensor, "models d_model"]) -> Geometry:
+def geometry(method: Method) -> Geometry:
     """The products that need no pass, in float64."""
     d = method.direction.double()
     squared = d.square().sum(1)
     rows = method.dictionary.W_dec.detach().double()
     models = [rows[:, m] for m in range(2)] if method.kind == "crosscoder" else [d, d]
     own = torch.stack([(d * one).sum(1) for one in models]) / squared
-    return Geometry(
-        squared.cpu().numpy(), own.cpu().numpy(), (mean.to(d.device, torch.float64) @ d.T).cpu().numpy()
-    )
+    return Geometry(squared.cpu().numpy(), own.cpu().numpy())
 
 
-def betas(sums: Float[NDArray, "... columns"], fixed: Geometry) -> dict[str, Float[NDArray, "models ..."]]:
+def with_means(
+    method: Method,
+    sums: Float[NDArray, "groups latents columns"],
+    activations: Float[NDArray, "groups models d_model"],
+) -> Float[NDArray, "groups latents more_columns"]:
+    """The sums with two columns more: d · Σ x of base and of tuned, from which the mean of any documents follows.
+
+    Args:
+        method: The dictionary.
+        sums: `ScalingSums.finish()`.
+        activations: Σ x of each group.
+    """
+    d = method.direction.double().cpu().numpy()
+    return np.concatenate([sums, np.moveaxis(activations @ d.T, 1, 2)], axis=2)
+
+
+def betas(
+    sums: Float[NDArray, "... more_columns"], fixed: Geometry, tokens: Any
+) -> dict[str, Float[NDArray, "models ..."]]:
     """β of base and tuned for every target of `TARGETS`, from sums over any set of documents.
 
     Args:
-        sums: `[..., latents, columns]`.
+        sums: `[..., latents, columns]` of `with_means`.
         fixed: Of the same latents.
+        tokens: Of those documents; broadcasts against `[..., latents]`.
     """
     squares, value = sums[..., 0], sums[..., 1]
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = 1.0 / (fixed.squared * squares)
         activation = np.stack([sums[..., 2] * scale, sums[..., 3] * scale])
-        shift = np.stack([value * fixed.mean[m] * scale for m in range(2)])
+        shift = np.stack([value * sums[..., 6 + m] / tokens * scale for m in range(2)])
         reconstruction = np.stack([sums[..., 4] * scale, sums[..., 5] * scale])
         own = np.stack([np.broadcast_to(fixed.own[m], squares.shape) for m in range(2)])
     return {
@@ -165,8 +184,9 @@ class Scaling(NamedTuple):
 
 
 def scale_latents(
-    sums: Float[NDArray, "groups latents columns"],
+    sums: Float[NDArray, "groups latents more_columns"],
     fixed: Geometry,
+    tokens: Int[NDArray, " groups"],
     *,
     confidence: float = 0.95,
     resamples: int = 1000,
@@ -175,30 +195,52 @@ def scale_latents(
     """β, ν and their intervals from the sums; the bootstrap draws groups of documents.
 
     A group holds every document whose number leaves the same rest, so it is a fair draw of documents, and whole
-    documents stay together. Latents that fire in fewer than `FEWEST_GROUPS` groups have no interval.
+    documents stay together. The intervals are widened for the number of groups in which a latent fires; latents that
+    fire in fewer than `FEWEST_GROUPS` have none.
+
+    Args:
+        sums: Of `with_means`.
+        fixed: Of the dictionary.
+        tokens: Measured in each group.
+        confidence: Coverage.
+        resamples: Of groups.
+        seed: Of the resamples.
     """
-    used = sums[(sums[:, :, 0].sum(1) > 0)]
+    there = tokens > 0
+    used, tokens = sums[there], tokens[there]
     total, fires = used.sum(0), (used[:, :, 0] > 0).sum(0)
-    beta = betas(total, fixed)
+    beta = betas(total, fixed, tokens.sum())
     with np.errstate(invalid="ignore", divide="ignore"):
         nu = {name: both[0] / both[1] for name, both in beta.items()}
-    n_latents = total.shape[0]
     bounds = {
-        name: {target: np.full(n_latents, np.nan) for target in TARGETS}
+        name: {target: np.full(total.shape[0], np.nan) for target in TARGETS}
         for name in ("lo", "hi", "beta_tuned_lo")
     }
     draws = Resampler(len(used), resamples, [seed, 17])
-    alive = np.flatnonzero(fires >= FEWEST_GROUPS)
-    step = max(1, CHUNK // (resamples * len(COLUMNS)))
-    for start in range(0, len(alive), step):
-        some = alive[start : start + step]
-        part = used[:, some].reshape(len(used), -1)
-        sampled = draws.apply(lambda weights, part=part: weights @ part).reshape(-1, len(some), len(COLUMNS))
-        few = Geometry(fixed.squared[some], fixed.own[:, some], fixed.mean[:, some])
-        for target, both in betas(sampled, few).items():
-            with np.errstate(invalid="ignore", divide="ignore"):
-                ratio = both[0] / both[1]
-            lo, hi = percentile_interval(ratio, confidence, len(used))
-            bounds["lo"][target][some], bounds["hi"][target][some] = lo, hi
-            bounds["beta_tuned_lo"][target][some] = percentile_interval(both[1], confidence, len(used))[0]
+    counted = draws.apply(lambda weights: weights @ tokens)[:, None]
+    step = max(1, CHUNK // (resamples * sums.shape[2]))
+    for count in np.unique(fires[fires >= FEWEST_GROUPS]):
+        alike = np.flatnonzero(fires == count)
+        for some in np.split(alike, range(step, len(alike), step)):
+            part = used[:, some].reshape(len(used), -1)
+            sampled = draws.apply(lambda weights, part=part: weights @ part)
+            sampled = sampled.reshape(-1, len(some), sums.shape[2])
+            for target, both in betas(sampled, fixed.of(some), counted).items():
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    ratio = both[0] / both[1]
+                lo, hi = percentile_interval(ratio, confidence, int(count))
+                bounds["lo"][target][some], bounds["hi"][target][some] = lo, hi
+                least = percentile_interval(both[1], confidence, int(count))[0]
+                bounds["beta_tuned_lo"][target][some] = least
     return Scaling(beta, bounds["beta_tuned_lo"], nu, bounds["lo"], bounds["hi"], fires)
+
+
+def without_own(scaling: Scaling, fixed: Geometry) -> Scaling:
+    """The ratios that each latent would have if the base did not hold it: its own contribution taken out of the base.
+
+    A positive control: every latent is tuned-only then, by construction, and the share that the rule calls so is what
+    the rule can see at all. Codes and other latents stay as they are.
+    """
+    with np.errstate(invalid="ignore", divide="ignore"):
+        nu = {name: (both[0] - fixed.own[0]) / both[1] for name, both in scaling.beta.items()}
+    return scaling._replace(nu=nu)

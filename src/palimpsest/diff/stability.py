@@ -51,15 +51,22 @@ def check_twin(dictionary: Dictionary, twin: Dictionary) -> None:
     """Refuse to match dictionaries of different things.
 
     Raises:
-        DictionaryError: They differ in view, models or width.
+        DictionaryError: They differ in view, models, width or site, or are the same.
     """
+    fix = "Give the same recipe trained with another seed"
     if (dictionary.view, dictionary.models, dictionary.d_model) != (twin.view, twin.models, twin.d_model):
-        raise DictionaryError(
-            "The twin is another kind of dictionary",
-            expected=f"view {dictionary.view}, width {dictionary.d_model}",
-            found=f"view {twin.view}, width {twin.d_model}",
-            fix="Give the same recipe trained with another seed",
+        expected, found = (
+            f"view {one.view}, {one.models} models, width {one.d_model}" for one in (dictionary, twin)
         )
+        raise DictionaryError(
+            "The twin is another kind of dictionary", expected=expected, found=found, fix=fix
+        )
+    if dictionary.site and twin.site and dictionary.site != twin.site:
+        raise DictionaryError(
+            "The twin was trained at another site", expected=dictionary.site, found=twin.site, fix=fix
+        )
+    if dictionary.W_dec.shape == twin.W_dec.shape and torch.equal(dictionary.W_dec.cpu(), twin.W_dec.cpu()):
+        raise DictionaryError("The twin is the dictionary itself", found="the same weights", fix=fix)
 
 
 def summarise_match(match: Match, found: NDArray, path: str) -> dict[str, Any]:

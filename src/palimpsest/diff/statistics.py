@@ -30,8 +30,9 @@ class Statistics:
 
     Attributes:
         arrays: `scaling/sums`, `joint/fires …`, `base/…`, `tuned/…` (own views), `kind/…`, `change/…`, `example/…`,
-            `split/pairs`, `split/counts`, `mean [models, d_model]`, `difference [d_model]`, `fve [3]`, `l0`,
-            `tokens` per corpus, `documents` per corpus.
+            `split/pairs`, `split/counts`, `difference [d_model]`, `fve [3]`, `l0`,
+            `tokens` (measured) and `documents` per corpus, `read` tokens, `size [2]` of the activations of base and
+            tuned, `group/sums [groups, models, d_model]` of the activations and `group/tokens`.
     """
 
     arrays: dict[str, NDArray]
@@ -48,8 +49,13 @@ class Statistics:
 
     @property
     def alive(self) -> NDArray[np.bool_]:
-        """Latents that fire on a measured token."""
-        return self.fires > 0
+        """Latents that fire on a token that is read, measured or not: patching writes them all."""
+        return self.arrays["kind/sums"].sum(axis=0) > 0
+
+    @property
+    def unmeasured(self) -> NDArray[np.bool_]:
+        """Alive latents that fire on template and special tokens only, which are not measured."""
+        return self.alive & (self.fires == 0)
 
 
 class _Sums:
@@ -65,20 +71,27 @@ class _Sums:
         if method.kind != "diff-sae":
             self.counts |= {side: LatentCounts(n, corpora, device) for side in ("base", "tuned")}
         self.kinds, self.change = KindSums(n, device), ChangeSums(n, device)
+        self.groups = torch.zeros(GROUPS, 2, d_model, dtype=torch.float64, device=device)
+        self.group_tokens = torch.zeros(GROUPS, dtype=torch.long)
         self.split = JointFiring(self.pairs, n, device)
         self.variance = {name: Variance(d_model, device) for name in ("base", "tuned", "difference")}
         self.l0 = torch.zeros((), dtype=torch.long, device=device)
         self.examples = TopExamples(n)
         self.tokens = np.zeros(corpora, np.int64)
+        self.read = 0
 
     @torch.inference_mode()
     def add(self, corpus: int, batch: TokenBatch, places: Places, acts: Tensor) -> None:
         """Fold in one batch; tokens that are not measured count for the kinds only."""
         kind = torch.where(places.template, Role.TEMPLATE, batch.role.reshape(-1)[places.flat])
         kept = places.measured
+        self.read += len(places.flat)
         if not kept.all():
             others = acts[~kept.to(acts.device)]
-            self.kinds.add(kind[~kept], self.method.codes(others))
+            found = self.method.codes(others)
+            self.kinds.add(kind[~kept], found)
+            self.change.add(self.method.entries(others, found))
+            self.examples.add(corpus, batch, places.flat[~kept], found)
             acts = acts[kept.to(acts.device)]
         if not len(acts):
             return
@@ -106,6 +119,9 @@ class _Sums:
             made = torch.stack([dictionary.decode(base), dictionary.decode(codes)], 1).float()
         both = made if method.kind == "crosscoder" else None
         self.scaling.add(group, acts, codes, both)
+        for place in range(2):
+            self.groups[:, place].index_add_(0, group.to(acts.device), acts[:, place].double())
+        self.group_tokens += torch.bincount(group, minlength=GROUPS)
         entries = method.entries(acts, codes, base)
         self.change.add(entries)
         for place, side in enumerate(("base", "tuned")):
@@ -120,11 +136,16 @@ class _Sums:
             arrays |= counts.arrays(name)
         arrays |= self.examples.arrays()
         arrays |= {"split/pairs": self.pairs, "split/counts": self.split.counts()}
-        arrays["mean"] = np.stack([self.variance[side].mean for side in ("base", "tuned")])
+        arrays["group/sums"], arrays["group/tokens"] = self.groups.cpu().numpy(), self.group_tokens.numpy()
+        arrays["size"] = np.array([self.variance[side].size for side in ("base", "tuned")])
         arrays["difference"] = self.variance["difference"].mean
         arrays["fve"] = np.array([one.fve() for one in self.variance.values()])
         arrays["l0"] = np.array(float(self.l0) / max(int(self.tokens.sum()), 1))
-        arrays |= {"tokens": self.tokens, "documents": np.array(documents, np.int64)}
+        arrays |= {
+            "tokens": self.tokens,
+            "read": np.array(self.read),
+            "documents": np.array(documents, np.int64),
+        }
         return Statistics(arrays)
 
 
@@ -148,7 +169,8 @@ def collect_statistics(
     if not found.alive.any():
         raise CorpusError(
             "No latent of the dictionary fires on this text",
-            fix="Check that the dictionary was trained on this model and site (palimpsest info DICT --corpus FILE)",
+            fix="Check that the two models differ there, and that the dictionary was trained on them and this site "
+            "(palimpsest info DICT --corpus FILE)",
         )
     if not all(
         np.isfinite(one).all() for one in (found.arrays["change/size"], found.arrays["scaling/sums"][..., :4])
@@ -160,5 +182,5 @@ def collect_statistics(
 
 
 def masses(method: Method, statistics: Statistics) -> Float[NDArray, " latents"]:
-    """Σ |entry| ‖change‖ over the measured tokens: how much a latent moves the base."""
+    """Σ |entry| ‖change‖ over the tokens that are read: how much a latent moves the base."""
     return statistics.arrays["change/size"] * method.change.norm(dim=1).double().cpu().numpy()

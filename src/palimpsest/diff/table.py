@@ -56,7 +56,9 @@ def latent_columns(
         seen = f"{side}/fires" in arrays
         nothing = np.full(n_latents, np.nan)
         columns[f"rate_{side}"] = arrays[f"{side}/fires"].sum(axis=0) / tokens if seen else nothing
-        columns[f"mean_{side}"] = arrays[f"{side}/total"].sum(axis=0) / tokens if seen else nothing
+        columns[f"mean_{side}"] = (
+            _per(*(arrays[f"{side}/{k}"].sum(axis=0) for k in ("total", "fires"))) if seen else nothing
+        )
         columns[f"max_{side}"] = arrays[f"{side}/largest"].max(axis=0) if seen else nothing
     for place, name in enumerate(names):
         fired = arrays["joint/fires"][place]
@@ -64,8 +66,8 @@ def latent_columns(
         columns[f"mean[{name}]"] = _per(arrays["joint/total"][place], fired)
         columns[f"max[{name}]"] = arrays["joint/largest"][place]
     columns |= _shares(arrays)
-    columns["activation_change"] = masses(method, statistics) / tokens
-    columns["signed_change"] = arrays["change/signed"] / tokens
+    columns["activation_change"] = masses(method, statistics) / max(int(arrays["read"]), 1)
+    columns["signed_change"] = arrays["change/signed"] / max(int(arrays["read"]), 1)
     columns |= {key: value for key, value in found.items() if key not in columns}
     return columns
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zlib import crc32
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,8 +21,9 @@ from palimpsest.models import SIDES, ModelPair
 from palimpsest.options import CorpusOptions, parse_assignment
 
 Part = Literal["all", "even", "odd"]
-"""Which documents a pass reads: every one, or those of even or odd number. What was chosen by looking at the odd ones
-is judged on the even ones."""
+"""Which documents a pass reads: every one, or those whose tokens have an even or an odd checksum. What was chosen by
+looking at the odd ones is judged on the even ones; copies of a document are always on one side, and corpora whose
+rows alternate between two kinds fall into like halves."""
 
 GROUPS = 64
 """Groups of documents that sums per latent are kept for."""
@@ -54,14 +57,21 @@ class Texts:
         tokenizer: Of the pair.
         options: How rows are read.
         context: Tokens that the models can read at once.
+        template: Measure template and special tokens too.
 
     Raises:
-        ConfigError: Two corpora have the same name.
+        ConfigError: Two corpora have the same name, or are the same file.
         CorpusError: A source does not exist.
     """
 
     def __init__(
-        self, sources: Sequence[str], tokenizer: Any, options: CorpusOptions, context: int | None
+        self,
+        sources: Sequence[str],
+        tokenizer: Any,
+        options: CorpusOptions,
+        context: int | None,
+        *,
+        template: bool = False,
     ) -> None:
         named = [parse_assignment(source) for source in sources]
         self.names = [name for name, _ in named]
@@ -71,10 +81,16 @@ class Texts:
                 expected="NAME=FILE, as in math=math.jsonl",
                 found=", ".join(self.names),
             )
+        if len({str(Path(source).resolve()) for _, source in named}) != len(named):
+            raise ConfigError(
+                "The same text is given twice, under two names",
+                expected="different corpora",
+                found=", ".join(source for _, source in named),
+            )
         if context is not None and options.max_length > context:
             log.warning("Documents are cut at the model's context of %d tokens.", context)
             options = replace(options, max_length=context)
-        self.options, self._tokenizer = options, tokenizer
+        self.options, self.template = options, template
         self.corpora = [Corpus(source, tokenizer, name=name, options=options) for name, source in named]
         self._special = torch.from_numpy(special_ids(tokenizer)).long()
 
@@ -84,7 +100,7 @@ class Texts:
         Raises:
             CorpusError: A corpus cannot be read, or has no token to measure among the documents of this part.
         """
-        return TextPass(self.corpora, max(1, tokens // len(self.corpora)), tokens_per_batch, part)
+        return TextPass(self, max(1, tokens // len(self.corpora)), tokens_per_batch, part)
 
     def places(self, batch: TokenBatch) -> Places:
         """Which tokens of a batch are read, and what they are."""
@@ -97,10 +113,12 @@ class Texts:
             read &= ~(first & special)
         flat = read.nonzero().squeeze(1)
         role = batch.role.reshape(-1)[flat]
+        template = (role == Role.TEMPLATE) | special[flat]
+        measured = batch.keep.reshape(-1)[flat]
         return Places(
             flat,
-            batch.keep.reshape(-1)[flat],
-            (role == Role.TEMPLATE) | special[flat],
+            measured | template if self.template else measured,
+            template,
             role == Role.ASSISTANT,
             batch.document.reshape(-1)[flat],
         )
@@ -114,9 +132,10 @@ class TextPass:
         tokens: How many of their tokens are measured.
     """
 
-    def __init__(self, corpora: Sequence[Corpus], tokens: int, tokens_per_batch: int, part: Part) -> None:
-        self._corpora, self._tokens_per_batch, self._part = corpora, tokens_per_batch, part
-        counted = [self._count(corpus, tokens) for corpus in corpora]
+    def __init__(self, texts: Texts, tokens: int, tokens_per_batch: int, part: Part) -> None:
+        self._corpora, self._tokens_per_batch, self._part = texts.corpora, tokens_per_batch, part
+        self._template = texts.template
+        counted = [self._count(corpus, tokens) for corpus in texts.corpora]
         self._last = [last for last, _, _ in counted]
         self.documents = [documents for _, documents, _ in counted]
         self.tokens = sum(found for _, _, found in counted)
@@ -135,22 +154,27 @@ class TextPass:
             name=corpus.name,
             options=replace(corpus.options, max_documents=last),
         )
-        return (document for document in limited.documents() if self._takes(document.index))
+        return (document for document in limited.documents() if self._takes(document))
 
-    def _takes(self, index: int) -> bool:
-        return self._part == "all" or index % 2 == (self._part == "odd")
+    def _takes(self, document: Document) -> bool:
+        return self._part == "all" or crc32(document.token_ids.tobytes()) % 2 == (self._part == "odd")
 
     def _count(self, corpus: Corpus, tokens: int) -> tuple[int, int, int]:
         found = documents = last = 0
         for document in corpus.documents():
-            if not self._takes(document.index):
+            if not self._takes(document):
                 continue
-            found += int(corpus.masking.keep(document.roles, document.special).sum())
+            counted = corpus.masking.keep(document.roles, document.special)
+            if self._template:
+                counted |= document.special | (document.roles == Role.TEMPLATE)
+            found += int(counted.sum())
             documents, last = documents + 1, document.index + 1
             if found >= tokens:
                 break
         if found == 0:
-            which = "" if self._part == "all" else f" in its documents of {self._part} number"
+            which = (
+                "" if self._part == "all" else f" in the half of its documents with {self._part} checksums"
+            )
             raise CorpusError(
                 f"The corpus {corpus.name} has no token to measure{which}",
                 fix="Choose other roles or more documents, or measure all positions",

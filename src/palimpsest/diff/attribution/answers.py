@@ -164,6 +164,12 @@ def _pair(origin: str, record: Any, encoder: DocumentTokenizer) -> Pair:
         raise BadRecord(
             origin, "has two answers that do not differ", "two texts, or other words of the assistant"
         )
+    if not all(_counted(document, pair.start).any() for document in documents):
+        raise BadRecord(
+            origin,
+            "has an answer that is empty, or the beginning of the other",
+            "two answers of which neither begins with all of the other",
+        )
     if pair.start == 0:
         raise BadRecord(
             origin, "has answers with nothing before them", "a prompt, or a tokenizer with a BOS token"
@@ -191,7 +197,7 @@ def _messages(origin: str, value: Any, role: str) -> list[Any]:
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
-        raise BadRecord(origin, f"has a {role} part of another type", EXAMPLE, type(value).__name__)
+        raise BadRecord(origin, f"has a part of another type ({role})", EXAMPLE, type(value).__name__)
     return value
 
 

@@ -108,9 +108,9 @@ class Patcher:
         )
 
     def change(self, step: Step, variant: Variant) -> Float[Tensor, "tokens d_model"]:
-        """What a variant adds to the base at the edited places; removing from the tuned model leaves the rest."""
+        """What a variant adds at the edited places: to the base, or with its sign turned to the tuned model."""
         added = self._added(step, variant)
-        return step.raw - added if variant.removed else added
+        return -added if variant.removed else added
 
     def _added(self, step: Step, variant: Variant) -> Float[Tensor, "tokens d_model"]:
         if variant.latents is not None:
@@ -153,20 +153,22 @@ class Patcher:
     ) -> list[Float[Tensor, "rows d_head"]]:
         """What the tuned model's head reads at flat places `rows`, for each variant.
 
-        Tokens that are not edited keep the base's activations.
+        Tokens that are not edited keep the activations of the model that is edited: the base's where something is
+        added, the tuned model's where something is removed.
         """
-        base = step.hidden[0]
-        batch, seq, d_model = base.shape
-        places = step.places.flat.to(base.device)
-        before = base.reshape(-1, d_model)
-        at = before[places].float()
+        batch, seq, d_model = step.hidden[0].shape
+        places = step.places.flat.to(step.hidden[0].device)
+        ends = torch.stack(step.hidden).view(2, -1, d_model)
+        at = ends[:, places].float()
         heads: list[Tensor] = []
-        size = max(1, TOKENS_AT_ONCE.get(base.device.type, MOST_TOKENS_AT_ONCE) // len(before))
+        size = max(1, TOKENS_AT_ONCE.get(ends.device.type, MOST_TOKENS_AT_ONCE) // ends.shape[1])
         for start in range(0, len(variants), size):
             chunk = variants[start : start + size]
-            hidden = before.repeat(len(chunk), 1, 1)
+            hidden = ends[[int(one.removed) for one in chunk]]
             for new, variant in zip(hidden, chunk, strict=True):
-                new[places] = (at + self.change(step, variant).to(at.device)).to(base.dtype)
+                new[places] = (at[int(variant.removed)] + self.change(step, variant).to(at.device)).to(
+                    new.dtype
+                )
             found = self.upper.run(step.batch.input_ids, hidden.view(-1, seq, d_model))
             heads += [kept_rows(one, rows) for one in found.split(batch)]
         return heads

@@ -126,7 +126,8 @@ def _matched(name: str, best: NDArray, candidates: Candidates, count: int, seed:
     for index in range(count):
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), index])
         order = rng.permutation(candidates.alive)
-        enough = int(np.searchsorted(candidates.mass[order].cumsum(), mass * (1 - 1e-9))) + 1
+        distance = np.abs(candidates.mass[order].cumsum() - mass)
+        enough = int(distance.argmin()) + 1
         yield replace(_set(f"random:{name}", order[:enough]), seed=index)
         yield replace(_set(f"directions:{name}", best), seed=index, scramble=int(rng.integers(2**62)))
 
