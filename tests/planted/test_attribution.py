@@ -99,7 +99,7 @@ def test_the_first_behaviour_is_the_planted_one(found):
     assert PLANTED in first.latents[:2] and first.share > 0.7 and first.tokens > 10
     assert 0 < len(first.contexts) <= 5 and len(found.behaviours) <= 10
     for context in first.contexts:
-        assert context["corpus"] == "digits" and context["document"] % 2 == 1 and context["kl"] > 0
+        assert context["corpus"] == "digits" and context["kl"] > 0
 
 
 def test_behaviours_of_all_predictions_have_the_shares_of_the_gap(world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from zlib import crc32
 
 import numpy as np
 import pytest
@@ -148,8 +149,8 @@ class Dense:
         kls, ces = [divergence(plain, own)], [nll(own, ids), nll(plain, ids)]
         for variant in variants:
             change = self.added(variant, acts, template)
-            new = hidden[0].clone()
-            new[edited] += acts[:, 1] - acts[:, 0] - change if variant.removed else change
+            new = hidden[int(variant.removed)].clone()
+            new[edited] += -change if variant.removed else change
             found = self.log_p(self.tuned, ids, new)
             kls.append(divergence(plain, found))
             ces.append(nll(found, ids))
@@ -172,11 +173,11 @@ def nll(log_p, ids):
 
 
 def dense_sums(dense, texts, variants):
-    """KL, CE and count by corpus and positions, over the documents of even number."""
+    """KL, CE and count by corpus and positions, over the documents with even checksums."""
     sums = {}
     for corpus in texts.corpora:
         for document in corpus.documents():
-            if document.index % 2:
+            if crc32(document.token_ids.tobytes()) % 2:
                 continue
             kl, ce, keep, early = dense.document(document, variants, texts.options)
             for name, rows in (("all", keep), ("first", keep & early)):

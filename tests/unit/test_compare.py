@@ -158,10 +158,10 @@ def test_the_page_shows_it(tmp_path, two):
     (batch,) = [line for line in lines if line.startswith("| batch | crosscoder (batch_topk) | 4,096")]
     assert batch == (
         "| batch | crosscoder (batch_topk) | 4,096 | 32 | 31.5 | 2,000,000 | 0.950 / 0.960 / 0.500 | 12 / 5 / 0.5 "
-        "| 0.70 / 0.50 | – / 30 |"
+        "| – | 0.70 / 0.50 | – / 30 |"
     )
     (l1,) = [line for line in lines if line.startswith("| l1 | crosscoder (relu) | 4,096")]
-    assert "| – | 31.5 | – | 0.900 / – / -0.250 | 100 / 1 / – | – / – |" in l1
+    assert "| – | 31.5 | – | 0.900 / – / -0.250 | 100 / 1 / – | – | – / – |" in l1
     assert "| batch | crosscoder (batch_topk) | 60.0% [58.0%, 62.0%] | 40.0% [38.0%, 42.0%] |" in lines
     assert "| l1 | crosscoder (relu) | – | – |" in lines
     assert "| *raw* | no dictionary | 95.0% [93.0%, 97.0%] | 95.0% [93.0%, 97.0%] |" in lines

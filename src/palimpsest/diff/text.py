@@ -177,7 +177,7 @@ class TextPass:
             )
             raise CorpusError(
                 f"The corpus {corpus.name} has no token to measure{which}",
-                fix="Choose other roles or more documents, or measure all positions",
+                fix="Give more documents or other roles, or leave passes out with --no-patch and --no-attribute",
             )
         return last, documents, found
 
