@@ -6,7 +6,7 @@ from cyclopts import Parameter
 
 from palimpsest.cli import VERBS
 from palimpsest.cli.command import Display, emit, say, verb_app
-from palimpsest.cli.differences import show
+from palimpsest.cli.differences import show, show_comparison
 from palimpsest.diff.compare_config import CompareConfig
 from palimpsest.diff.config import DiffConfig
 from palimpsest.diff.null_config import NullConfig
@@ -62,10 +62,4 @@ def compare(
     from palimpsest.diff import compare_runs
 
     found = compare_runs(config)
-    emit(display, found.to_dict(), lambda: say_lines(found.markdown))
-
-
-def say_lines(text: str) -> None:
-    """Print text line by line."""
-    for line in text.splitlines():
-        say(line)
+    emit(display, found.to_dict(), lambda: show_comparison(found, str(config.run.out)))

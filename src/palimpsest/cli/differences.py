@@ -11,6 +11,8 @@ from palimpsest.log import console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from palimpsest.diff.compare import Comparison
+
 SHOWN = 10
 
 
@@ -43,6 +45,34 @@ def show(found: Diff, path: str) -> None:
     for note in found.notes:
         say(f"! {note}")
     say(f"Written to {path}")
+
+
+def show_comparison(found: "Comparison", path: str) -> None:
+    """Print one line per diff; the whole is in its folder."""
+    from rich.console import Console
+
+    places = list(dict.fromkeys(place for row in found.rows for place in row.recovered))
+    columns = (
+        "diff",
+        "method",
+        "FVE of Δ",
+        "raw / surviving / null",
+        *(f"% of KL, {place}" for place in places),
+        "s",
+    )
+    table = _table(f"{found.pair['tuned']} against {found.pair['base']} at {found.site}", columns)
+    for row in found.rows:
+        shares = [_share([row.recovered[place]] if place in row.recovered else []) for place in places]
+        raw = "–" if row.raw is None else f"{row.raw:,}"
+        counts = f"{raw} / {row.surviving:,} / {_number(row.null, 1)}"
+        method = f"{row.method} ({row.activation})"
+        table.add_row(
+            row.name, method, _number(row.fve["difference"]), counts, *shares, f"{row.diff_seconds:.0f}"
+        )
+    Console(width=_width(), markup=False, emoji=False, highlight=False).print(table)
+    for note in found.notes:
+        say(f"! {note}")
+    say(f"Written to {path}: compare.md has every table and a reading guide")
 
 
 def _width() -> int | None:
