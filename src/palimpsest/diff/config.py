@@ -168,6 +168,8 @@ class DiffConfig:
         if not self.corpus:
             raise ConfigError("A diff needs text", expected="--corpus FILE or --corpus NAME=FILE")
         self._check_unused()
+        if self.site is not None and not self.site.strip():
+            raise ConfigError("--site is empty", expected="an address such as resid_post.13")
         if self.models.one_at_a_time:
             raise ConfigError("A diff reads both models at once", fix="Leave --one-at-a-time out")
         if not 0.5 <= self.confidence < 1:

@@ -14,7 +14,7 @@ from palimpsest.diff.methods import Method
 from palimpsest.diff.nulls import check_nulls, null_rows
 from palimpsest.diff.patching import check_text
 from palimpsest.diff.stability import check_twin
-from palimpsest.diff.text import Texts
+from palimpsest.diff.text import Texts, named_source
 from palimpsest.errors import DictionaryError, SiteError
 from palimpsest.evaluate.views import site_of
 from palimpsest.models import SIDES, ModelPair, fingerprint, load_pair
@@ -40,7 +40,7 @@ def open_inputs(config: DiffConfig) -> Inputs:
         PalimpsestError: Something is missing, or does not fit the rest.
     """
     for source in config.corpus:
-        parse_source(parse_assignment(source)[1])
+        parse_source(named_source(source)[1])
     dictionary = load_dictionary(config.dictionary)
     if not config.other_pair:
         check_origin(dictionary, config)

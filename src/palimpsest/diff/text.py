@@ -73,7 +73,7 @@ class Texts:
         *,
         template: bool = False,
     ) -> None:
-        named = [parse_assignment(source) for source in sources]
+        named = [named_source(source) for source in sources]
         self.names = [name for name, _ in named]
         if len(set(self.names)) != len(self.names):
             raise ConfigError(
@@ -122,6 +122,15 @@ class Texts:
             role == Role.ASSISTANT,
             batch.document.reshape(-1)[flat],
         )
+
+
+def named_source(source: str) -> tuple[str, str]:
+    """Name and place of a corpus; an existing file whose path holds a `=` is that file.
+
+    Raises:
+        ConfigError: The name or the file is empty.
+    """
+    return (Path(source).name.split(".")[0], source) if Path(source).exists() else parse_assignment(source)
 
 
 class TextPass:
