@@ -331,7 +331,9 @@ def simulated(rng, latents, documents, firing, ratio):
     return sums, tokens
 
 
-@pytest.mark.parametrize(("documents", "firing"), [(200, 1.0), (40, 1.0), (400, 0.1), (60, 0.2), (60, 0.1), (16, 1.0)])
+@pytest.mark.parametrize(
+    ("documents", "firing"), [(200, 1.0), (40, 1.0), (400, 0.1), (60, 0.2), (60, 0.1), (16, 1.0)]
+)
 @pytest.mark.parametrize("ratio", [0.1, 0.9])
 def test_intervals_cover_the_true_ratio_as_often_as_they_say(documents, firing, ratio):
     latents = 400
