@@ -1,6 +1,6 @@
 """A fine-tune with known truth: the base with one more direction, which an MLP writes on tokens that hold a digit.
 
-    python recipes/plant_direction.py BASE CORPUS... --out FOLDER [--layer 1] [--size 1.0] [--seed 0]
+    python recipes/plant_direction.py BASE CORPUS... --out FOLDER [--layer 1] [--size 1.0] [--seed 20260]
 
 The direction is random and orthogonal to the mean activation; a rank-one change of one MLP's output matrix writes it,
 read out of that MLP's own hidden activations by ridge regression of "this token holds a digit". Nothing else changes,
@@ -44,7 +44,8 @@ def main():
     parser.add_argument(
         "--size", type=float, default=1.0, help="length of the direction, in lengths of the activations"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    # No seed of a dictionary: the same one would draw the direction as the start of its first latent.
+    parser.add_argument("--seed", type=int, default=20260)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32).eval()
