@@ -116,7 +116,8 @@ def _counts(found: Diff) -> "Table":
     if found.artefacts:
         about = found.artefacts
         table.add_row(
-            "Complete Shrinkage / Latent Decoupling", f"{about['shrinkage']} / {about['decoupling']}"
+            "tuned-only that fail ν of error / reconstruction",
+            f"{about['shrinkage']} / {about['decoupling']}",
         )
         table.add_row(
             "split pairs / of them active apart", f"{about['split_pairs']} / {about['split_pairs_apart']}"
