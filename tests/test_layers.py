@@ -11,10 +11,10 @@ from helpers import PACKAGE
 
 RANKS = {
     0: ("errors", "hub", "lazy", "log", "neuronpedia", "sitenames", "stats"),
-    1: ("artifacts", "findings", "options"),
+    1: ("artifacts", "findings", "options", "trackers"),
     2: ("models", "corpus", "store", "buffer", "dictionaries"),
-    3: ("harvest", "evaluate"),
-    4: ("audit", "diff", "train", "verify"),
+    3: ("edits", "harvest", "evaluate"),
+    4: ("audit", "diff", "train", "tune", "verify"),
     5: ("report",),
     6: ("demo",),
     7: ("cli",),

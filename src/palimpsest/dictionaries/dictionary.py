@@ -193,11 +193,12 @@ class Dictionary(nn.Module):
             )
         return x.reshape(x.shape[0], self.models * self.d_model)
 
-    def encode(self, x: Float[Tensor, "tokens *models d_model"]) -> Codes:
+    def encode(self, x: Float[Tensor, "tokens *models d_model"], *, check: bool = True) -> Codes:
         """Read activations into sparse codes, in tiles of tokens.
 
         Args:
             x: `[tokens, d_model]` for one model, `[tokens, models, d_model]` for any number; of any dtype.
+            check: Refuse NaN and infinity, for which an accelerator must be waited for.
 
         Returns:
             Ordered codes in the dtype of the weights. Differentiable, with the selection held fixed.
@@ -207,7 +208,8 @@ class Dictionary(nn.Module):
             NumericsError: `x` holds NaN or infinity; names the first such row.
         """
         flat = self.flatten_input(x)
-        check_finite(flat)
+        if check:
+            check_finite(flat)
         norm = None
         if self.input_norm is not None:
             flat, norm = normalise(flat, self.models, self.input_norm)

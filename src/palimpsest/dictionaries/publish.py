@@ -109,17 +109,17 @@ def card(
     }
     parts = [
         _front(about, licence, to),
-        f"# {_plain(repo_id)}\n",
-        f"A sparse dictionary ({_plain(shape)}). It reads {READS[dictionary.view]}"
-        + (f" at `{_plain(dictionary.site)}`.\n" if dictionary.site else "; its site is not recorded.\n"),
-        _table("What it is", facts),
-        _table("How it was trained", _flat(about.get("recipe"))),
-        *(_table(f"Figures: {name}", _flat(about.get(name))) for name in FIGURES),
+        f"# {plain_text(repo_id)}\n",
+        f"A sparse dictionary ({plain_text(shape)}). It reads {READS[dictionary.view]}"
+        + (f" at `{plain_text(dictionary.site)}`.\n" if dictionary.site else "; its site is not recorded.\n"),
+        fact_table("What it is", facts),
+        fact_table("How it was trained", _flat(about.get("recipe"))),
+        *(fact_table(f"Figures: {name}", _flat(about.get(name))) for name in FIGURES),
         "## Licence\n\n" + (f"`{licence}`\n" if licence else "None was given by whoever uploaded it.\n"),
         _how(repo_id, to),
     ]
     if lost:
-        parts.append("## Not in this format\n\n" + "".join(f"- {_plain(line)}\n" for line in lost))
+        parts.append("## Not in this format\n\n" + "".join(f"- {plain_text(line)}\n" for line in lost))
     return "\n".join(part for part in parts if part)
 
 
@@ -166,14 +166,15 @@ def _how(repo_id: str, to: str) -> str:
         code = f'from palimpsest import load_dictionary\n\ndictionary = load_dictionary("{repo_id}")'
     return (
         f"## Load it\n\n```python\n{code}\n```\n\nThen prove that it fits your model: "
-        f"`palimpsest info {_plain(repo_id)} --model MODEL --corpus FILE`.\n"
+        f"`palimpsest info {plain_text(repo_id)} --model MODEL --corpus FILE`.\n"
     )
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> str:
+def fact_table(title: str, rows: Mapping[str, Any]) -> str:
+    """A section with a table of names and values for a card; empty without rows."""
     if not rows:
         return ""
-    body = "\n".join(f"| {_plain(name)} | `{_plain(value)}` |" for name, value in rows.items())
+    body = "\n".join(f"| {plain_text(name)} | `{plain_text(value)}` |" for name, value in rows.items())
     return f"## {title}\n\n| | |\n|---|---|\n{body}\n"
 
 
@@ -190,7 +191,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """Text that breaks out of no table cell, code mark or tag, and is read as written: names may be hostile."""
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     shown = "".join(one if one.isprintable() else " " for one in text)

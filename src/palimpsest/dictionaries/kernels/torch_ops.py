@@ -52,7 +52,8 @@ def row_dot(
     right: Float[Tensor, "n_rows d"],
 ) -> Float[Tensor, " entries"]:
     """See `kernels.row_dot`."""
-    if left.device.type == "cpu" and 0 < index.shape[0] <= left.shape[0] * right.shape[0]:
+    sparse = left.device.type == "cpu" and left.dtype in (torch.float32, torch.float64)
+    if sparse and 0 < index.shape[0] <= left.shape[0] * right.shape[0]:
         # Ten times faster than gathering both sides. Not on GPUs: cuSPARSE demands sorted entries without repeats.
         # Not with more entries than the matrix has places (repeats again): PyTorch would cut them off.
         pattern = torch.sparse_csr_tensor(
