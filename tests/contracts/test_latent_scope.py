@@ -95,7 +95,9 @@ def test_last_counts_from_the_end_of_a_padded_prompt():
     model = adapted("active-bias", move=0.3, scope="last", scope_tokens=2)
     assert edited(model, input_ids=left, attention_mask=mask).long().tolist() == [[0] * 9 + [1, 1]] * 2
     first = adapted("active-bias", move=0.3, scope="first", scope_tokens=2, skip_ids=[])
-    assert edited(first, input_ids=left, attention_mask=mask).long().tolist() == [[0] * 3 + [1, 1] + [0] * 6] * 2
+    assert (
+        edited(first, input_ids=left, attention_mask=mask).long().tolist() == [[0] * 3 + [1, 1] + [0] * 6] * 2
+    )
 
 
 def test_two_sites_agree_under_recomputation():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from latent_world import K, KINDS, LATENTS, D_MODEL, adapted, dictionary, tiny, tokens
+from latent_world import D_MODEL, KINDS, LATENTS, K, adapted, dictionary, tiny, tokens
 from palimpsest import edits
 from palimpsest.tune.adapter import latent_layers
 from palimpsest.tune.adapter.components import make_component

@@ -46,8 +46,8 @@ class LatentConfig(PeftConfig):
     """
 
     target_hooks: list[Any] = field(default_factory=list)
-    """(dictionary, site) pairs: a folder, hub id, SAELens release/id or `Dictionary`; and an address as in `resid_post.13`,
-    or None for the dictionary's own. One dictionary alone stands for a list of one pair."""
+    """(dictionary, site) pairs: a folder, hub id, SAELens release/id or `Dictionary`; and an address as in
+    `resid_post.13`, or None for the dictionary's own. One dictionary alone stands for a list of one pair."""
     component: str = "scale"
     """One of `palimpsest.tune.choices.COMPONENTS`."""
     transform: str = "identity"
@@ -103,7 +103,7 @@ class LatentConfig(PeftConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, subfolder: Any = None, **kwargs: Any) -> Any:
         """As peft does it; remembers the folder, from which relative paths are also looked for."""
-        made = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        made: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if Path(str(pretrained_model_name_or_path)).is_dir():
             made._folder = Path(pretrained_model_name_or_path)
         return made

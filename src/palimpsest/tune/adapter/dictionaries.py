@@ -26,7 +26,7 @@ def weights_hash(dictionary: Dictionary) -> str:
     for name, tensor in sorted(weights.items()):
         plain = tensor.detach().cpu().contiguous()
         digest.update(f" {name} {tuple(plain.shape)} {plain.dtype} ".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

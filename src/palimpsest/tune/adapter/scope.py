@@ -22,7 +22,7 @@ class Call:
         past: Tokens that the cache holds already.
         answer: What `answering` says.
         untouched: No adapter has edited anything in this pass yet.
-        holders: Layers with an adapter inside; what they compute must not be computed again under another pass's tokens.
+        holders: Layers with an adapter inside, which must not compute anything again under another pass's tokens.
     """
 
     def __init__(self, root: nn.Module, prefix: str) -> None:
@@ -39,7 +39,7 @@ class Call:
         self.labels: Tensor | None = None
         self.answer: Tensor | None = None
         self.untouched = True
-        self.holders: list[nn.Module] = []
+        self.holders: list[Any] = []
         self._running: nn.Module | None = None
         self._found: dict[tuple[str, int, tuple[int, ...]], Tensor | None] = {}
 

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from palimpsest.dictionaries import Dictionary
 from palimpsest.errors import ConfigError, DictionaryError, SiteError
@@ -52,10 +53,12 @@ class LatentTuner(BaseTuner):
         del autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         config = self._latent_config(adapter_name)
         _check_base(model)
-        trained = {id(one) for one in model.parameters() if one.requires_grad} if latent_layers(model) else set()
+        trained = (
+            {id(one) for one in model.parameters() if one.requires_grad} if latent_layers(model) else set()
+        )
         call = self._call(model)
-        known: dict[tuple[str, str | None], Dictionary] = self.__dict__.setdefault("_dictionaries", {})
-        targets = _targets(config, model, known)
+        self._dictionaries: dict[tuple[str, str | None], Dictionary] = getattr(self, "_dictionaries", {})
+        targets = _targets(config, model, self._dictionaries)
         skip = tuple(_special(model) if config.skip_ids is None else config.skip_ids)
         for site, dictionary in targets.items():
             component = make_component(
@@ -100,7 +103,7 @@ class LatentTuner(BaseTuner):
             return known[0].call
         call = Call(model, PREFIX)
         inner = getattr(model, "base_model", None)
-        self.__dict__["_hooks"] = [
+        self._hooks: list[RemovableHandle] = [
             handle
             for one in dict.fromkeys(filter(None, (model, inner)))
             for handle in (
@@ -130,7 +133,9 @@ class LatentTuner(BaseTuner):
         layer.train(tap.module.training)
         return layer
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
         """Put a module in another's place; peft's own copies weights from modules that have none."""
         del child
         if isinstance(parent, (nn.ModuleList, nn.Sequential)):
@@ -139,7 +144,7 @@ class LatentTuner(BaseTuner):
             setattr(parent, child_name, new_module)
 
     def _create_and_replace(self, *args: Any, **kwargs: Any) -> None:
-        """peft's step per module, which `inject_adapter` does here."""
+        """Peft's step per module, which `inject_adapter` does here."""
         raise NotImplementedError("latent adapters are put in by inject_adapter")
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
@@ -160,7 +165,7 @@ class LatentTuner(BaseTuner):
         progressbar: bool = False,
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
-    ) -> nn.Module:
+    ) -> Any:
         """The base without its wrappers, deepest first."""
         del progressbar
         if merge:
@@ -172,7 +177,7 @@ class LatentTuner(BaseTuner):
             parent, _, child = name.rpartition(".")
             layer: Any = self.model.get_submodule(name)
             self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
-        for handle in self.__dict__.pop("_hooks", []):
+        for handle in self._hooks:
             handle.remove()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
@@ -189,7 +194,9 @@ def _check_base(model: nn.Module) -> None:
             fix="Load it without device_map, or on devices with room for it",
         )
     if quantised and not any(one.is_floating_point() for one in model.parameters()):
-        raise ConfigError("The model has no parameter of floating point", expected="embeddings that are not quantised")
+        raise ConfigError(
+            "The model has no parameter of floating point", expected="embeddings that are not quantised"
+        )
 
 
 def _targets(
@@ -231,7 +238,11 @@ def _own_site(name: str, dictionary: Dictionary) -> str:
 def _check_site(site: str, sites: SiteMap, dictionary: Dictionary, name: str) -> None:
     tap = sites.tap(site)
     kind = site.split(".")[0]
-    if kind not in WRITABLE or (tap.side == "input" and kind != "resid_pre") or tap.side not in ("input", "output"):
+    if (
+        kind not in WRITABLE
+        or (tap.side == "input" and kind != "resid_pre")
+        or tap.side not in ("input", "output")
+    ):
         raise SiteError(
             f"An edit at {site} would not reach all that reads it",
             expected="a site of " + ", ".join(WRITABLE),
