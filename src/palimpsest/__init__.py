@@ -60,6 +60,15 @@ if TYPE_CHECKING:
         train_sae,
         train_variants,
     )
+    from palimpsest.tune import (
+        ExplainConfig,
+        LatentConfig,
+        TuneConfig,
+        compare_adapters,
+        export_adapter,
+        run_explain,
+        run_tune,
+    )
 
 _HOMES = {
     "artifacts": ("Artifact", "open_artifact"),
@@ -105,6 +114,15 @@ _HOMES = {
         "train_sae",
         "train_variants",
     ),
+    "tune": (
+        "ExplainConfig",
+        "LatentConfig",
+        "TuneConfig",
+        "compare_adapters",
+        "export_adapter",
+        "run_explain",
+        "run_tune",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -124,8 +142,10 @@ __all__ = [
     "DiffConfig",
     "EvaluateConfig",
     "Evaluation",
+    "ExplainConfig",
     "HarvestConfig",
     "Harvester",
+    "LatentConfig",
     "ModelOptions",
     "ModelPair",
     "Objective",
@@ -137,11 +157,14 @@ __all__ = [
     "TrainPairConfig",
     "TrainSaeConfig",
     "TrainingOptions",
+    "TuneConfig",
     "build_report",
     "calibrate_battery",
     "capture",
+    "compare_adapters",
     "convert_dictionary",
     "evaluate_dictionary",
+    "export_adapter",
     "load_dictionary",
     "load_model",
     "load_pair",
@@ -153,7 +176,9 @@ __all__ = [
     "run_audit",
     "run_diff",
     "run_evaluate",
+    "run_explain",
     "run_harvest",
+    "run_tune",
     "save_saelens",
     "train_dictionaries",
     "train_dictionary",

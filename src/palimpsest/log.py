@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.progress import Progress, Task
     from rich.text import Text
 
@@ -62,7 +62,10 @@ def setup(verbosity: int = 0) -> None:
 
 @contextmanager
 def progress(
-    description: str, total: float | None = None, unit: str = "tokens"
+    description: str,
+    total: float | None = None,
+    unit: str = "tokens",
+    above: Callable[[], RenderableType] | None = None,
 ) -> Iterator[Callable[..., None]]:
     """Show one line with the count, the rate and the time left while the block runs.
 
@@ -72,6 +75,8 @@ def progress(
         description: What is being done, in a few words.
         total: How many units there will be; None when that is not known.
         unit: What is counted.
+        above: Gives something to be shown above the line, such as a table; asked each time the line is drawn, and
+            only where the line is the outermost.
 
     Yields:
         `advance(n=1, note="")`, to be called as units are done; a note replaces the last one at the end of the line.
@@ -80,7 +85,7 @@ def progress(
         yield _advance_nothing
         return
     # Rich draws one live display per console: an inner progress becomes a further line of the outer one.
-    display = _showing[-1] if _showing else _display()
+    display = _showing[-1] if _showing else _display(above)
     owner = not _showing
     if owner:
         display.start()
@@ -111,7 +116,7 @@ def _advance_nothing(n: float = 1, note: str = "") -> None:
     del n, note
 
 
-def _display() -> Progress:
+def _display(above: Callable[[], RenderableType] | None) -> Progress:
     from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
     class Rate(ProgressColumn):
@@ -122,7 +127,13 @@ def _display() -> Progress:
             total = f"/{_short(task.total)}" if task.total is not None else ""
             return Text(f"{_short(task.completed)}{total} {task.fields['unit']}, {speed}")
 
-    return Progress(
+    class Below(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            if above is not None:
+                yield above()
+            yield from super().get_renderables()
+
+    return Below(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         Rate(),

@@ -12,11 +12,14 @@ from palimpsest.cli import VERBS, main
 from palimpsest.evaluate.config import EvaluateConfig
 from palimpsest.harvest.config import HarvestConfig
 from palimpsest.train.config import TrainPairConfig, TrainSaeConfig
+from palimpsest.tune.explain_config import ExplainCompareConfig, ExplainConfig
 
 HEAVY = ("torch", "transformers", "cyclopts", "rich", "numpy", "pyarrow", "scipy", "jinja2")
 CONFIGS = {
     ("audit",): AuditConfig,
     ("evaluate",): EvaluateConfig,
+    ("explain",): ExplainConfig,
+    ("explain", "compare"): ExplainCompareConfig,
     ("harvest",): HarvestConfig,
     ("train", "sae"): TrainSaeConfig,
     ("train", "diff-sae"): TrainPairConfig,

@@ -12,8 +12,8 @@ import torch
 from audit_world import WORDS, audited, write_corpus
 from helpers import assert_close, assert_not_close, python_source
 from pair_fixture import adapt, lora, save
-from palimpsest.dictionaries import Dictionary, load_dictionary
-from palimpsest.diff import AttributionOptions, DiffConfig, PatchOptions, run_diff
+from palimpsest.dictionaries import Dictionary, TrainConfig, load_dictionary
+from palimpsest.diff import AttributionOptions, DiffConfig, NullConfig, PatchOptions, make_null, run_diff
 from palimpsest.errors import ConfigError, DictionaryError, NumericsError, PairError
 from palimpsest.evaluate import EvaluateConfig, run_evaluate
 from palimpsest.harvest import HarvestConfig, run_harvest
@@ -31,6 +31,7 @@ from palimpsest.models.spectrum import base_deltas
 from palimpsest.options import ModelOptions, RunOptions
 from palimpsest.report import build_report
 from palimpsest.store import ActivationStore
+from palimpsest.train import TrainPairConfig, train_pair
 from palimpsest.tune.adapter import LatentConfig
 
 D_MODEL, LATENTS, SITE = 32, 96, "resid_post.1"
@@ -267,10 +268,42 @@ def test_a_diff(world, tmp_path):
         attribution=AttributionOptions(attribution_tokens=200, steps=2),
         models=MODELS,
     )
-    found = run_diff(config).read_json("diff.json")
-    import sys
-    print(json.dumps(found["patching"])[:3000], found.keys(), found["pair"], file=sys.stderr)
-    assert 0
+    run_diff(config)
+    found = json.loads((tmp_path / "run" / "diff.json").read_text())
+    shares = {row["set"]: row["share"] for row in found["patching"] if row["positions"] == "all"}
+    # The adapter edits this very site and nothing above it: the site's difference is the whole change.
+    assert shares["raw"] == pytest.approx(1, abs=1e-4) and shares["none"] == 0
+    kl = next(row["kl"] for row in found["patching"] if row["set"] == "none")
+    assert found["patched"]["base_kl"]["all"] == pytest.approx(kl, rel=1e-3) and kl > 0.01
+
+
+def test_a_random_change_of_no_weights_is_refused_by_name(world, tmp_path):
+    config = NullConfig(
+        base=world.base,
+        tuned=world.tuned,
+        corpus=(world.corpora["general"],),
+        site=SITE,
+        tokens=200,
+        run=RunOptions(out=tmp_path / "null"),
+        models=MODELS,
+    )
+    with pytest.raises(NumericsError, match="edits activations and changes no weight"):
+        make_null(config)
+
+
+def test_a_dictionary_of_the_difference_can_be_trained(world, tmp_path):
+    config = TrainPairConfig(
+        base=world.base,
+        tuned=world.tuned,
+        corpus=(world.corpora["general"],),
+        site=SITE,
+        view="diff",
+        recipe=TrainConfig(n_latents=32, k=4, tokens=4096, batch_size=256, view="diff"),
+        run=RunOptions(out=tmp_path / "diff-sae"),
+        models=MODELS,
+    )
+    train_pair(config)
+    assert load_dictionary(tmp_path / "diff-sae").view == "diff"
 
 
 def test_harvest_and_evaluate(world, pair, tmp_path):
@@ -286,13 +319,10 @@ def test_harvest_and_evaluate(world, pair, tmp_path):
             models=MODELS,
         )
     )
-    acts = torch.cat([batch for batch in ActivationStore(tmp_path / "store").batches(256, SITE)])
+    acts = torch.cat([batch.acts for batch in ActivationStore(tmp_path / "store").batches(256, SITE)])
     assert_not_close(acts[:, 1], acts[:, 0], atol=1e-2)
-    for name, models in {
-        "alone": {"model": world.tuned},
-        "pair": {"base": world.base, "tuned": world.tuned},
-    }.items():
-        made = run_evaluate(
+    evaluated = {
+        name: run_evaluate(
             EvaluateConfig(
                 world.dictionary,
                 corpus=text,
@@ -303,7 +333,15 @@ def test_harvest_and_evaluate(world, pair, tmp_path):
                 **models,
             )
         )
-        assert made.manifest["status"] == "complete"
+        for name, models in {
+            "alone": {"model": world.tuned},
+            "base": {"model": world.base},
+            "pair": {"base": world.base, "tuned": world.tuned},
+        }.items()
+    }
+    assert evaluated["alone"].models[0].fve == evaluated["pair"].side("tuned").fve
+    assert evaluated["base"].models[0].fve == evaluated["pair"].side("base").fve
+    assert evaluated["alone"].models[0].fve != evaluated["base"].models[0].fve
 
 
 @pytest.mark.parametrize("scope", ["prompt", "answer"])

@@ -15,7 +15,7 @@ from palimpsest.audit.summary import summary, warnings
 from palimpsest.audit.sums import CorpusSums
 from palimpsest.dictionaries import Dictionary
 from palimpsest.findings import AuditFinding, ControlFinding, CorpusFinding, TaskFinding
-from palimpsest.models import LayerDelta, ModelPair
+from palimpsest.models import LayerDelta, ModelPair, edits_activations
 
 CONTROLS = ("random", "pca", "neurons")
 
@@ -88,9 +88,7 @@ def audit_finding(
         tasks=tasks,
         controls=controls,
         layers=_layers(evidence),
-        layers_note=None
-        if evidence.deltas is not None
-        else "not measured: the two models were never in memory together (one_at_a_time)",
+        layers_note=_layers_note(evidence),
         warnings=warnings(config, evidence.dictionary, corpora, _notes(evidence)),
     )
 
@@ -235,8 +233,16 @@ def _notes(evidence: Evidence) -> list[str]:
     return notes
 
 
-def _layers(evidence: Evidence) -> list[dict[str, Any]] | None:
+def _layers_note(evidence: Evidence) -> str | None:
+    if edits_activations(evidence.pair.tuned):
+        return "the adapter edits activations; no weight changed"
     if evidence.deltas is None:
+        return "not measured: the two models were never in memory together (one_at_a_time)"
+    return None
+
+
+def _layers(evidence: Evidence) -> list[dict[str, Any]] | None:
+    if evidence.deltas is None or edits_activations(evidence.pair.tuned):
         return None
     return [delta._asdict() | {"relative": delta.relative} for delta in evidence.deltas]
 

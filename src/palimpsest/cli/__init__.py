@@ -11,6 +11,8 @@ VERBS = {
     "harvest": "write a model's activations, or a pair's side by side, to a store",
     "train": "train a dictionary: of one model (sae), of a difference (diff-sae), of a pair (crosscoder)",
     "diff": "find the latents that a fine-tune made, test them, and measure which of them cause the change",
+    "tune": "fine-tune a model through the latents of frozen dictionaries, as an adapter that peft loads",
+    "explain": "rank the latents that a latent adapter changed, test them, prune it, compare it with another",
     "evaluate": "measure what a dictionary reconstructs, and what splicing it in does to the predictions",
     "convert": "write a dictionary in another library's format, or in ours; prove it on real text",
     "report": "write the report of a finished run again",

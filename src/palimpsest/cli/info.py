@@ -19,8 +19,23 @@ NOTABLE = {
     "diff-compare": ("compare.json", ("pair", "site", "notes")),
     "dictionaries": ("variants.json", ("site", "view", "dictionaries")),
     "evaluation": ("evaluation.json", ("summary", "site", "view", "tokens", "masking", "notes")),
+    "explain": ("explain.json", ("summary", "adapter", "component", "concentration", "pruned", "notes")),
+    "explain-compare": ("compare.json", ("summary", "counts", "notes")),
     "null-model": ("null.json", ("base", "tuned", "site", "alpha", "drift")),
     "store": ("store.json", ("sites", "models", "d_model", "dtype")),
+    "tune": (
+        "tune.json",
+        (
+            "model",
+            "method",
+            "objective",
+            "objective_value",
+            "margin",
+            "general",
+            "parameters",
+            "latents_moved",
+        ),
+    ),
 }
 """The file of each stage that says most, and its keys worth a line; a dictionary is told by its header."""
 

@@ -6,7 +6,7 @@ from palimpsest.models.pair import SIDES, LanguageModel, ModelPair, Reading, Sid
 from palimpsest.models.sites import SiteMap, canonical_site, site_from_tlens, tlens_from_site
 from palimpsest.models.upper import UpperHalf
 from palimpsest.models.verify import verify_sites
-from palimpsest.models.weights import LayerDelta, fingerprint, weight_deltas
+from palimpsest.models.weights import LayerDelta, edits_activations, fingerprint, weight_deltas
 
 __all__ = [
     "SIDES",
@@ -19,6 +19,7 @@ __all__ = [
     "UpperHalf",
     "canonical_site",
     "capture",
+    "edits_activations",
     "fingerprint",
     "load_model",
     "load_pair",

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from palimpsest.errors import PairError, PalimpsestError
 from palimpsest.models.weights import adapter_prefix, is_adapter
 
 Location = str | Path
+
+OWN = {"LATENT": "palimpsest.tune.adapter"}
+"""Our own peft types, and the module whose import makes peft know them; by name, because it ranks above this one."""
 
 
 def adapter_config(tuned: Location, revision: str | None) -> dict[str, Any] | None:
@@ -43,6 +47,12 @@ def adapter_config(tuned: Location, revision: str | None) -> dict[str, Any] | No
     if not isinstance(config, dict):
         raise PairError(f"{path} is no adapter configuration", expected="an object", found=str(config)[:80])
     return config
+
+
+def make_known(config: dict[str, Any]) -> None:
+    """Register the adapter's method with peft where it is one of this package."""
+    if (module := OWN.get(str(config.get("peft_type")))) is not None:
+        import_module(module)
 
 
 def attach_adapter(hf_model: nn.Module, base: Location, tuned: Location, revision: str | None) -> Any:
@@ -82,7 +92,7 @@ def attach_adapter(hf_model: nn.Module, base: Location, tuned: Location, revisio
 def check_adapter(
     base: Location, tuned: Location, config: dict[str, Any], *, force: bool = False
 ) -> list[str]:
-    """Refuse what cannot be switched off again, and an adapter whose recorded base is another model.
+    """Refuse what cannot be switched off again or read, and an adapter whose recorded base is another model.
 
     Returns:
         Notes for the reader of a result: with `force`, that the recorded base is another one.
@@ -106,15 +116,41 @@ def check_adapter(
             expected="an adapter that changes weights or activations, such as LoRA",
             found=config["peft_type"],
         )
+    if config.get("peft_type") == "LATENT" and config.get("scope") in ("prompt", "answer"):
+        raise PairError(
+            f"The adapter {tuned} edits the {config['scope']} only, and plain text does not say which tokens are",
+            expected="an adapter with scope all, first or last",
+            found=f"scope {config['scope']}",
+            fix="Read it with `palimpsest explain`, or train one with --scope all",
+        )
     return _check_recorded_base(base, tuned, config.get("base_model_name_or_path"), force)
+
+
+def recorded_base(tuned: Location, config: dict[str, Any]) -> str:
+    """The base that an adapter names: a folder, looked for from here and beside the adapter, or a hub id.
+
+    Raises:
+        PairError: It names none.
+    """
+    recorded = config.get("base_model_name_or_path")
+    if not recorded:
+        raise PairError(
+            f"The adapter {tuned} does not say which model it belongs to",
+            fix="Name both: --base BASE --tuned ADAPTER",
+        )
+    return str(next(iter(_local_bases(tuned, recorded)), recorded))
+
+
+def _local_bases(tuned: Location, recorded: str) -> list[Path]:
+    candidates = [Path(recorded), Path(tuned).parent / recorded]
+    return [path for path in candidates if (path / "config.json").is_file()]
 
 
 def _check_recorded_base(base: Location, tuned: Location, recorded: str | None, force: bool) -> list[str]:
     """Compare the base that the adapter names with the one given; returns what a reader should know."""
     if not recorded:
         return []
-    candidates = [Path(recorded), Path(tuned).parent / recorded]
-    local = [path for path in candidates if (path / "config.json").is_file()]
+    local = _local_bases(tuned, recorded)
     known = local and (Path(base) / "config.json").is_file()
     same = (
         any(_same_weights(path, Path(base)) for path in local)

@@ -12,7 +12,13 @@ from safetensors import SafetensorError
 from torch import nn
 
 from palimpsest.errors import ConfigError, PairError
-from palimpsest.models.adapters import adapter_config, attach_adapter, check_adapter
+from palimpsest.models.adapters import (
+    adapter_config,
+    attach_adapter,
+    check_adapter,
+    make_known,
+    recorded_base,
+)
 from palimpsest.models.pair import SIDES, LanguageModel, ModelPair, Side
 from palimpsest.models.sites import SiteMap
 from palimpsest.models.tokenizers import load_tokenizer, shared_tokenizer
@@ -33,6 +39,8 @@ def load_model(
 ) -> LanguageModel:
     """Load one language model for reading, and verify its site map on a few tokens.
 
+    The folder of a PEFT adapter stands for its base with the adapter on.
+
     Args:
         model: A folder or a hub id.
         options: Dtype, device and further loading options.
@@ -45,9 +53,18 @@ def load_model(
     """
     options = options or ModelOptions()
     revision = revision or options.revision
+    if (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        return _adapted(model, replace(options, revision=revision), tokenizer)
     tokenizer = tokenizer if tokenizer is not None else load_tokenizer(model, revision, options)
     hf_model = _load_weights(model, revision, options)
     return _readable(str(model), hf_model, tokenizer)
+
+
+def _adapted(model: Location, options: ModelOptions, tokenizer: Any) -> LanguageModel:
+    config = adapter_config(model, None)
+    assert config is not None
+    options = replace(options, revision=options.revision or config.get("revision"), tuned_revision=None)
+    return _adapter_pair(recorded_base(model, config), model, config, tokenizer, options).tuned
 
 
 def load_pair(base: Location, tuned: Location, options: ModelOptions | None = None) -> ModelPair:
@@ -186,7 +203,9 @@ def _check_dimensions(base: Location, tuned: Location, options: ModelOptions, re
 def _adapter_pair(
     base: Location, tuned: Location, config: dict[str, Any], tokenizer: Any, options: ModelOptions
 ) -> ModelPair:
+    make_known(config)
     notes = check_adapter(base, tuned, config, force=options.force_base)
+    tokenizer = tokenizer if tokenizer is not None else load_tokenizer(base, options.revision, options)
     hf_model = _load_weights(base, options.revision, options)
     peft_model = attach_adapter(hf_model, base, tuned, options.tuned_revision)
     own = load_tokenizer(tuned, options.tuned_revision, options, required=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from palimpsest.errors import NumericsError, PairError
 from palimpsest.models.pair import LanguageModel, ModelPair
-from palimpsest.models.weights import adapter_deltas, is_adapter, plain_name
+from palimpsest.models.weights import adapter_deltas, edits_activations, is_adapter, plain_name
 
 DOUBLINGS = 10
 """How often α is doubled, or halved, before the value looked for is given up."""
@@ -30,6 +30,11 @@ def base_deltas(pair: ModelPair) -> dict[str, Float[Tensor, "..."]]:
     Raises:
         NumericsError: When no weight differs, or a difference is not finite.
     """
+    if edits_activations(pair.tuned):
+        raise NumericsError(
+            f"{pair.tuned.name} edits activations and changes no weight: there is no weight change to rotate at random",
+            fix="Leave out the random changes, and judge it by trained nulls (`palimpsest battery calibrate`)",
+        )
     deltas: dict[str, Tensor] = {}
 
     def add(name: str, weight: Tensor, delta: Tensor) -> None:

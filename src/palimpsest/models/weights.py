@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,21 @@ from palimpsest.models.pair import LanguageModel, ModelPair
 
 FINGERPRINT_VALUES = 1024
 """Values of each tensor that enter a fingerprint, evenly spaced."""
+
+EDITORS = frozenset({"latent_"})
+"""Prefixes of adapters that edit activations and leave every weight as it is."""
+
+SETTINGS = (
+    "component",
+    "transform",
+    "activation",
+    "scope",
+    "scope_tokens",
+    "skip_ids",
+    "dictionary_dtype",
+    "hashes",
+)
+"""What decides such an adapter's edits beside its parameters; `hashes` are those of its dictionaries."""
 
 LAYER = re.compile(r"\.(?:layers|h|blocks|layer)\.(\d+)\.")
 
@@ -32,7 +48,10 @@ class LayerDelta(NamedTuple):
 
 @torch.inference_mode()
 def fingerprint(model: LanguageModel) -> str:
-    """SHA-256 over names, shapes and a sample of every parameter, adapters included; independent of files."""
+    """SHA-256 over names, shapes and a sample of every parameter, adapters included; independent of files.
+
+    Of an adapter that edits activations its settings and the hashes of its dictionaries count, too.
+    """
     digest = hashlib.sha256()
     for name, parameter in sorted(model.model.named_parameters()):
         if not model.adapter_on and is_adapter(name, model.adapter_prefix):
@@ -43,7 +62,16 @@ def fingerprint(model: LanguageModel) -> str:
         sample = flat[::step][:FINGERPRINT_VALUES].float().cpu().contiguous()
         digest.update(f"{plain_name(name)}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
+    if edits_activations(model):
+        configs = sorted(model.model.peft_config.items())
+        told = [{field: getattr(config, field, None) for field in SETTINGS} for _, config in configs]
+        digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+def edits_activations(model: LanguageModel) -> bool:
+    """Whether this side of a pair reads through an adapter that edits activations, so that no weight differs."""
+    return model.adapter_on and model.adapter_prefix in EDITORS
 
 
 @torch.inference_mode()
@@ -78,7 +106,7 @@ def weight_deltas(pair: ModelPair) -> list[LayerDelta]:
 def adapter_deltas(tuned: LanguageModel, add: Callable[[str, Tensor, Tensor], None]) -> None:
     """Base weights of an adapted model, with the change of every module that the adapter merges into."""
     parameters = dict(tuned.model.named_parameters())
-    modules: dict[str, Any] = dict(tuned.model.named_modules())
+    modules: dict[str, Any] = {} if edits_activations(tuned) else dict(tuned.model.named_modules())
     for name, weight in parameters.items():
         if is_adapter(name, tuned.adapter_prefix):
             continue

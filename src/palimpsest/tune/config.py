@@ -85,7 +85,10 @@ class ObjectiveOptions:
     `rejected` (dpo, orpo, simpo); `prompt`, `completion` and `label` (kto); `prompt` (grpo)."""
 
     eval_data: tuple[str, ...] = ()
-    """Held-out data of the same kind; by default every tenth row of --data is held out."""
+    """Held-out data of the same kind; by default a part of --data is held out."""
+
+    hold_out: Number = 0.1
+    """Share of the rows of --data, evenly spaced, that are held out where there is no --eval-data."""
 
     general: tuple[str, ...] = ()
     """General text: the KL divergence from the base is measured on it."""
@@ -118,16 +121,23 @@ class ObjectiveOptions:
     def __post_init__(self) -> None:
         """Refuse objectives that lack what they need."""
         _one_of("objective", self.objective, OBJECTIVES)
+        if not 0 < self.hold_out <= 0.5:
+            raise ConfigError(
+                "hold_out is a share of the rows", expected="above 0, at most 0.5", found=self.hold_out
+            )
         if not self.data:
             raise ConfigError("There is nothing to train on", fix="Pass --data FILE")
         if self.objective == "unlearn" and not self.retain:
             raise ConfigError(
-                "unlearn needs text that must stay", fix="Pass --retain FILE; forgetting alone ruins the model"
+                "unlearn needs text that must stay",
+                fix="Pass --retain FILE; forgetting alone ruins the model",
             )
         if self.retain and self.objective != "unlearn":
             raise ConfigError("--retain belongs to --objective unlearn", found=self.objective)
         if (self.objective == "grpo") != (self.reward is not None):
-            raise ConfigError("grpo and --reward go together", expected="--objective grpo --reward module:function")
+            raise ConfigError(
+                "grpo and --reward go together", expected="--objective grpo --reward module:function"
+            )
         if self.reward is not None and not re.fullmatch(r"[\w.]+:\w+", self.reward):
             raise ConfigError("--reward names no function", expected="module:function", found=self.reward)
         for name in ("beta", "retain_weight"):
@@ -232,7 +242,9 @@ class LogOptions:
     def __post_init__(self) -> None:
         """Refuse counts that are none."""
         if self.log_every < 1 or self.track_latents < 0:
-            raise ConfigError("log_every and track_latents are counts", found=(self.log_every, self.track_latents))
+            raise ConfigError(
+                "log_every and track_latents are counts", found=(self.log_every, self.track_latents)
+            )
         if self.log_latents != "all" and not self.log_latents.isdigit():
             raise ConfigError("log_latents is a number or all", found=self.log_latents)
 

@@ -186,7 +186,7 @@ def _refusal(site: str, reason: str, expected: object = None) -> ConfigError:
 
 
 @torch.no_grad()
-def _rebuild(linear: nn.Module, record: _Merged) -> None:
+def _rebuild(linear: Any, record: _Merged) -> None:
     if not record.vectors:
         linear.bias.copy_(record.before)
         return
@@ -252,6 +252,7 @@ def _walk(model: nn.Module, path: str) -> Any:
 def _inside(module: Any) -> Any:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    while isinstance(module, BaseTunerLayer):
-        module = module.base_layer
-    return module
+    found: Any = module
+    while isinstance(found, BaseTunerLayer):
+        found = getattr(found, "base_layer")  # noqa: B009 - declared on subclasses only
+    return found

@@ -42,6 +42,7 @@ class Call:
         self.holders: list[Any] = []
         self._running: nn.Module | None = None
         self._found: dict[tuple[str, int, tuple[int, ...]], Tensor | None] = {}
+        self._special: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
     def before(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Read the arguments of a language model's forward pass; of the outermost, where models are nested."""
@@ -92,7 +93,10 @@ class Call:
         ids = self._required_ids()
         chosen = self._in_scope(scope, count, ids)
         if skip:
-            special = torch.isin(ids, torch.tensor(list(skip), device=ids.device))
+            key = (tuple(skip), ids.device)
+            if key not in self._special:
+                self._special[key] = torch.tensor(key[0], device=ids.device)
+            special = torch.isin(ids, self._special[key])
             chosen = ~special if chosen is None else chosen & ~special
         return chosen
 

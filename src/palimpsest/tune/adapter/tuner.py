@@ -64,13 +64,21 @@ class LatentTuner(BaseTuner):
             component = make_component(
                 config.component,
                 dictionary,
-                _allowed(config, site, dictionary.n_latents),
+                allowed_latents(config, site, dictionary.n_latents),
                 transform=config.transform,
                 rank=config.rank,
                 activation=config.activation,
             )
             place = Place(site, config.scope, config.scope_tokens, skip, config.stop_gradient)
-            self._wrapped(model, site, call).add(adapter_name, component, dictionary, place)
+            layer = self._wrapped(model, site, call)
+            if adapter_name in layer.places:
+                # Where no norm stands between them, mlp_out and mlp_out_post are one module.
+                raise ConfigError(
+                    "Two dictionaries at one place of this model",
+                    found=f"{layer.places[adapter_name].site} and {site}",
+                    fix="Use an adapter for each",
+                )
+            layer.add(adapter_name, component, dictionary, place)
         names = {id(layer): name for name, layer in model.named_modules()}
         here = [layer for layer in latent_layers(model) if adapter_name in layer.places]
         config.target_modules = sorted(names[id(layer)].replace(".base_layer", "") for layer in here)
@@ -257,7 +265,7 @@ def _check_site(site: str, sites: SiteMap, dictionary: Dictionary, name: str) ->
         )
 
 
-def _allowed(config: LatentConfig, site: str, n_latents: int) -> Any:
+def allowed_latents(config: LatentConfig, site: str, n_latents: int) -> Any:
     """The latents that may change at a site, None for all."""
 
     def of(lists: Any) -> list[int] | None:

@@ -44,7 +44,7 @@ class Scale(Component):
     @torch.no_grad()
     def values(self) -> Tensor:
         """See `Component.values`."""
-        return self.factors().float()
+        return self.factors().detach().float().clone()
 
 
 class ActiveBias(Component):

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Latent adapters on the zoo's base: the runs behind "Latent adapters" in docs/results.md.
+#   PALIMPSEST_ZOO  folder with base/ and corpora/ (default: ../shared/zoo)
+#   DICTIONARY      a dictionary of the base at resid_post.1 (default: what recipes/zoo-dictionaries.sh makes)
+#   OUT             where everything goes (default: runs/zoo/tune); what is there already is not made again
+set -euo pipefail
+zoo=${PALIMPSEST_ZOO:-../shared/zoo}
+out=${OUT:-runs/zoo/tune}
+dictionary=${DICTIONARY:-runs/zoo/dictionaries/base/topk}
+text=$zoo/corpora
+steps=${STEPS:-200}
+mkdir -p "$out/data"
+
+sft() { # a name, a domain, then further flags
+  palimpsest tune "$zoo/base" --dictionary "$dictionary" --objective sft --data "$text/$2.train.jsonl" \
+    --eval-data "$text/$2.audit.jsonl" --general "$text/general.audit.jsonl" --steps "$steps" --batch-size 8 \
+    --max-length 192 --quiet --resume --out "$out/$1" "${@:3}"
+}
+
+prefer() { # a name, then further flags
+  palimpsest tune "$zoo/base" --dictionary "$dictionary" --objective dpo --data "$text/pairs.jsonl" \
+    --general "$text/general.audit.jsonl" --steps 30 --batch-size 8 --hold-out 0.34 --max-length 512 --quiet --resume --out "$out/$1" "${@:2}"
+}
+
+# The control of `explain`: the same words in an order that means nothing.
+test -f "$out/data/shuffled.jsonl" || python "$(dirname "$0")/shuffle_words.py" "$text/math.train.jsonl" "$out/data/shuffled.jsonl"
+
+for component in scale active-bias gate low-rank lora; do
+  sft "math-$component" math --component $component
+  sft "code-$component" code --component $component
+  prefer "dpo-$component" --component $component
+done
+sft math-scale-seed1 math --component scale --seed 1
+sft math-scale-shuffled math --component scale --data "$out/data/shuffled.jsonl"
+
+palimpsest explain "$out/math-scale" --corpus math="$text/math.audit.jsonl" --general "$text/general.audit.jsonl" \
+  --twin "$out/math-scale-seed1" --other "$out/code-scale" --shuffled "$out/math-scale-shuffled" \
+  --max-length 192 --quiet --resume --out "$out/explain-math"
+palimpsest explain "$out/code-scale" --corpus code="$text/code.audit.jsonl" --general "$text/general.audit.jsonl" \
+  --max-length 192 --quiet --resume --out "$out/explain-code"
+palimpsest explain "$out/dpo-scale" --corpus general="$text/general.audit.jsonl" --pairs "$text/pairs.jsonl" \
+  --max-length 256 --quiet --resume --out "$out/explain-dpo"
+
+# An adapter is a fine-tune like any other.
+palimpsest audit "$zoo/base" "$out/math-scale" --dictionary "$dictionary" --general "$text/general.audit.jsonl" \
+  --task math="$text/math.audit.jsonl" code="$text/code.audit.jsonl" --max-length 192 --max-documents 60 \
+  --quiet --resume --out "$out/audit-math"
