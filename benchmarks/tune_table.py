@@ -24,7 +24,8 @@ def number(value, ci=None, digits=4, sign=False):
 
 def trained(folder, prefixes):
     print(
-        "| adapter | objective before → after | difference | held-out loss | KL to base, general text | parameters | s |"
+        "| adapter | objective before → after | difference | held-out loss | KL to base, general text "
+        "| parameters | s |"
     )
     print("|---|---|---|---|---|---|---|")
     for prefix in prefixes:
@@ -56,7 +57,8 @@ def margins(folder):
 
 def explained(folder):
     print(
-        "| adapter | effect in half / 90 % | kept by n latents (95 %) | on held-out text | |value| needs | random needs "
+        "| adapter | latents with 50 / 90 % of the effect | latents that keep 95 % | on held-out text "
+        "| by value | at random "
         "| activation corpus / general: top, random, shuffled values |"
     )
     print("|---|---|---|---|---|---|---|")
@@ -93,17 +95,18 @@ def agreements(folder):
         controls = load(path)["controls"]
         for name in ("twin", "other"):
             if one := controls[name]:
+                what = "same data, another seed" if name == "twin" else "other data"
+                low, high = (number(end, None, 2) for end in one["null_cosine"])
                 print(
-                    f"| `{Path(one['adapter']).name}` ({'same data, another seed' if name == 'twin' else 'other data'}) "
-                    f"| {one['latents']} | {number(one['cosine'], None, 3)} | {number(one['null_cosine'][0], None, 2)} to "
-                    f"{number(one['null_cosine'][1], None, 2)} | {number(one['spearman'], None, 3)} "
+                    f"| `{Path(one['adapter']).name}` ({what}) | {one['latents']} | {number(one['cosine'], None, 3)} "
+                    f"| {low} to {high} | {number(one['spearman'], None, 3)} "
                     f"| {one['overlap']:.0%} of {one['top_n']} |"
                 )
         if one := controls["shuffled"]:
             print(
                 f"\n`{Path(one['adapter']).name}`, trained on shuffled words: base minus tuned loss "
-                f"{number(one['difference'], one['ci'], sign=True)}, {number(one['share'], None, 2)} of what the explained "
-                "adapter does.\n"
+                f"{number(one['difference'], one['ci'], sign=True)}, {number(one['share'], None, 2)} of what the "
+                "explained adapter does.\n"
             )
     print()
 

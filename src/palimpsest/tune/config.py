@@ -1,4 +1,4 @@
-"""The options of a fine-tune through latents: the adapter, the objective, the schedule and the log. Imports no torch."""
+"""The options of a fine-tune through latents: adapter, objective, schedule and log. Imports no torch."""
 
 import math
 import re
@@ -48,7 +48,8 @@ class AdapterOptions:
     """Special tokens that are left alone: the BOS and padding, all of the tokenizer's, or none."""
 
     latents: tuple[str, ...] = ()
-    """Train only these: numbers `12 80 8802`, a file with one per line, or `site=file` where there are several sites."""
+    """Train only these: numbers `12 80 8802`, a file with one per line, or `site=file` where there are several
+    sites."""
 
     forbid: tuple[str, ...] = ()
     """Never move these, written in the same way."""
@@ -77,8 +78,8 @@ class ObjectiveOptions:
     """What is minimised, and on what."""
 
     objective: Literal["sft", "dpo", "kto", "orpo", "simpo", "grpo", "unlearn"] = "sft"
-    """sft: predict the text. dpo, kto, orpo, simpo: prefer answers. grpo: earn a reward. unlearn: forget --data and keep
-    --retain."""
+    """sft: predict the text. dpo, kto, orpo, simpo: prefer answers. grpo: earn a reward. unlearn: forget --data and
+    keep --retain."""
 
     data: tuple[str, ...] = ()
     """Training data: rows with `text`, `messages` or `prompt` and `completion` (sft, unlearn); `prompt`, `chosen` and
@@ -106,8 +107,8 @@ class ObjectiveOptions:
     """Strength of the reference (dpo, kto, unlearn: 0.1), of orpo's odds ratio (0.1), of simpo's reward (10)."""
 
     reward: str | None = None
-    """grpo: the reward, `module:function`, called with `prompts` and `completions`, returning one number each. The module
-    is imported from Python's path."""
+    """grpo: the reward, `module:function`, called with `prompts` and `completions`, returning one number each. The
+    module is imported from Python's path."""
 
     completion_length: Count = 64
     """grpo: tokens of a sampled completion."""
