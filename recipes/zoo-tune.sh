@@ -11,8 +11,8 @@ text=$zoo/corpora
 steps=${STEPS:-200}
 mkdir -p "$out/data"
 
-sft() { # a name, a domain, then further flags
-  palimpsest tune "$zoo/base" --dictionary "$dictionary" --objective sft --data "$text/$2.train.jsonl" \
+sft() { # a name, a domain, then further flags; data=FILE in front trains on another file
+  palimpsest tune "$zoo/base" --dictionary "$dictionary" --objective sft --data "${data:-$text/$2.train.jsonl}" \
     --eval-data "$text/$2.audit.jsonl" --general "$text/general.audit.jsonl" --steps "$steps" --batch-size 8 \
     --max-length 192 --quiet --resume --out "$out/$1" "${@:3}"
 }
@@ -31,7 +31,7 @@ for component in scale active-bias gate low-rank lora; do
   prefer "dpo-$component" --component $component
 done
 sft math-scale-seed1 math --component scale --seed 1
-sft math-scale-shuffled math --component scale --data "$out/data/shuffled.jsonl"
+data=$out/data/shuffled.jsonl sft math-scale-shuffled math --component scale
 
 palimpsest explain "$out/math-scale" --corpus math="$text/math.audit.jsonl" --general "$text/general.audit.jsonl" \
   --twin "$out/math-scale-seed1" --other "$out/code-scale" --shuffled "$out/math-scale-shuffled" \

@@ -94,8 +94,6 @@ def write(
         mask: 1 for the latents whose change counts, 0 for the others.
     """
     rows = dictionary.W_dec.view(dictionary.n_latents, -1)
-    chosen = rows if latents is None else rows[latents]
-    kept = None if mask is None else mask if latents is None else mask[latents]
     total = None
     if edit.entries is not None and reading is not None:
         codes, change = reading.codes, edit.entries
@@ -104,14 +102,25 @@ def write(
         total = _Write.apply(change, rows, codes.crow, codes.indices)
     if edit.low is not None:
         u, weight = edit.low
-        weight = weight if kept is None else weight * kept[:, None]
-        total = _add(total, u @ (weight.T @ chosen.to(weight.dtype)))
+        total = _add(total, u @ _through(weight, rows, latents, mask))
     if edit.constant is not None:
-        constant = edit.constant if kept is None else edit.constant * kept
-        total = _add(total, constant @ chosen.to(constant.dtype))
+        total = _add(total, _through(edit.constant[:, None], rows, latents, mask)[0])
     if reading is not None and reading.scale is not None and total is not None:
         total = total * reading.scale
     return total if edit.vector is None else _add(total, edit.vector)
+
+
+def _through(
+    weight: Float[Tensor, "n r"], rows: Tensor, latents: Tensor | None, mask: Tensor | None
+) -> Float[Tensor, "r d_model"]:
+    """weightᵀ times the decoder rows of its latents; the decoder is neither copied nor cast as a whole."""
+    if mask is not None:
+        weight = weight * (mask if latents is None else mask[latents])[:, None]
+    if latents is not None and 4 * len(latents) < len(rows):
+        rows = rows[latents]
+    elif latents is not None:
+        weight = weight.new_zeros(len(rows), weight.shape[1]).index_copy(0, latents, weight)
+    return (weight.T.to(rows.dtype) @ rows).to(weight.dtype)
 
 
 def _add(total: Tensor | None, more: Tensor) -> Tensor:

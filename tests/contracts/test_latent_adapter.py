@@ -320,3 +320,149 @@ def test_merging_what_is_not_constant_is_refused_and_changes_nothing():
     with pytest.raises(ConfigError, match="depends on the token|some tokens only"):
         model.merge_and_unload()
     assert torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("inside", "around"), [("mlp_out.1", "resid_post.1"), ("resid_pre.0", "resid_post.0")]
+)
+def test_a_file_fits_whatever_other_adapters_stand_around(inside, around, tmp_path):
+    """A wrapper around a layer moves what is inside of it to another path of the model."""
+    alone = adapted("scale", (dictionary(seed=1), inside), move=0.5)
+    alone.save_pretrained(tmp_path / "alone")
+    expected = alone(IDS).logits
+    other = adapted("scale", (dictionary(), around), move=0.5)
+    other.load_adapter(tmp_path / "alone", "inside")
+    other.set_adapter("inside")
+    assert torch.equal(other(IDS).logits, expected)
+    other.save_pretrained(tmp_path / "both", selected_adapters=["inside"])
+    again = PeftModel.from_pretrained(tiny(), tmp_path / "both" / "inside")
+    assert torch.equal(again(IDS).logits, expected)
+
+
+def test_a_file_without_the_numbers_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = adapted("lerp", move=0.5)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match="does not hold the numbers"):
+        PeftModel.from_pretrained(tiny(), tmp_path)
+
+
+def test_switched_off_is_the_base_when_merged():
+    base = tiny("GPT2")
+    expected = base(IDS).logits
+    model = adapted("bias", base=base, move=0.5, skip_ids=[])
+    tuned = model(IDS).logits
+    model.merge_adapter()
+    torch.testing.assert_close(model(IDS).logits, tuned, rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model(IDS).logits, tuned)
+
+
+def test_what_was_merged_is_taken_out_although_the_numbers_moved():
+    base = tiny("GPT2")
+    expected = base(IDS).logits
+    model = adapted("bias", base=base, move=0.5, skip_ids=[])
+    model.merge_adapter()
+    shift(model, 0.3, seed=8)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_second_merge_starts_from_what_the_model_is_then():
+    merged = adapted("bias", base=tiny("GPT2"), move=0.5, skip_ids=[]).merge_and_unload()
+    with torch.no_grad():
+        merged.transformer.h[1].mlp.c_proj.bias += 1.0
+    expected = merged(IDS).logits
+    again = get_peft_model(merged, config("bias", skip_ids=[])).eval().merge_and_unload()
+    assert torch.equal(again(IDS).logits, expected)
+
+
+def test_merging_asks_about_the_adapters_that_are_named():
+    model = adapted("bias", base=tiny("GPT2"), move=0.5, skip_ids=[])
+    model.add_adapter("second", config("scale", skip_ids=[]))
+    before = model(IDS).logits
+    with pytest.raises(ConfigError, match="depends on the token"):
+        model.merge_adapter(["default", "second"])
+    assert torch.equal(model(IDS).logits, before)
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+def test_a_refused_adapter_leaves_the_model_as_it_was():
+    base = tiny()
+    expected = base(IDS).logits
+    with pytest.raises(ConfigError, match="Two dictionaries at one place"):
+        get_peft_model(
+            base, config("scale", (dictionary(), "mlp_out.1"), (dictionary(seed=1), "mlp_out_post.1"))
+        )
+    assert not latent_layers(base)
+    assert not base._forward_pre_hooks
+    model = get_peft_model(base, config("scale")).eval()
+    assert torch.equal(model(IDS).logits, expected)
+    with pytest.raises(DictionaryError, match="no such latents"):
+        model.add_adapter("second", config("scale", latents=[4000]))
+    model.add_adapter("second", config("scale", latents=[4]))
+    with pytest.raises(ConfigError, match="already has an adapter called 'default'"):
+        get_peft_model(model.get_base_model(), config("scale"))
+
+
+def test_a_bias_needs_a_dictionary_that_normalises_nothing():
+    with pytest.raises(ConfigError, match="is no constant"):
+        adapted("bias", (dictionary(input_norm="layer_norm"), "resid_post.1"))
+
+
+def test_the_tokens_that_are_left_alone_travel_with_the_adapter(tmp_path):
+    ids = IDS.clone()
+    ids[:, 4] = 0
+    model = adapted("active-bias", move=0.5)
+    model.save_pretrained(tmp_path)
+    base = tiny()
+    base.config.pad_token_id = base.generation_config.pad_token_id = 7
+    again = PeftModel.from_pretrained(base, tmp_path)
+    assert again.peft_config["default"].skip_ids == [0, 1]
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_loading_without_memory_for_a_copy(tmp_path):
+    model = adapted("scale", move=0.5, latents=[3, 8, 20])
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(tiny(), tmp_path, low_cpu_mem_usage=True)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"latents": [1.9, 3]}, "whole numbers"),
+        ({"latents": ["a"]}, "whole numbers"),
+        ({"component": "vector", "latents": [1]}, "knows no latents"),
+    ],
+)
+def test_lists_that_are_none(changes, text):
+    with pytest.raises(ConfigError, match=text):
+        adapted(changes.pop("component", "scale"), **changes)
+
+
+def test_lists_may_name_sites_as_the_hooks_do():
+    hook = (dictionary(), "blocks.1.hook_resid_post")
+    model = adapted("scale", hook, latents={"blocks.1.hook_resid_post": [3]})
+    assert latent_layers(model)[0].components["default"].latents.tolist() == [3]
+    assert model.peft_config["default"].latents == {"resid_post.1": [3]}
+
+
+def test_a_constant_is_written_again_when_its_numbers_change():
+    model = adapted("bias", move=0.5)
+    with torch.no_grad():
+        model(IDS)
+        component = latent_layers(model)[0].components["default"]
+        component.weight.data.mul_(2)  # no version counter tells of this
+        found = model(IDS).logits
+    torch.testing.assert_close(found, model(IDS).logits.detach())

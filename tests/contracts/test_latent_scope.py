@@ -31,7 +31,7 @@ def edited(model, **arguments):
         ("all", 1, [0, 1, 1, 1, 1, 1, 1, 1]),
         ("prompt", 1, [0, 1, 1, 1, 1, 0, 0, 0]),
         ("answer", 1, [0, 0, 0, 0, 0, 1, 1, 1]),
-        ("first", 3, [0, 1, 1, 0, 0, 0, 0, 0]),
+        ("first", 3, [0, 1, 1, 1, 0, 0, 0, 0]),
         ("last", 2, [0, 0, 0, 1, 1, 0, 0, 0]),
     ],
 )
@@ -63,7 +63,7 @@ def test_the_bos_and_padding_are_left_alone_unless_asked():
     assert not edited(special, input_ids=IDS)[0, 3]
 
 
-@pytest.mark.parametrize("scope", ["prompt", "answer"])
+@pytest.mark.parametrize("scope", ["prompt", "answer", "last"])
 def test_a_pass_that_does_not_say_is_refused(scope):
     model = adapted("active-bias", move=0.3, scope=scope)
     with pytest.raises(ConfigError, match="answering"):
@@ -92,12 +92,52 @@ def test_generation_tells_the_prompt_from_the_answer(scope, prompt, answer):
 def test_last_counts_from_the_end_of_a_padded_prompt():
     left = torch.cat([torch.zeros(2, 3, dtype=torch.long), IDS], dim=1)
     mask = (left != 0).long()
+    none = torch.zeros_like(mask, dtype=torch.bool)
     model = adapted("active-bias", move=0.3, scope="last", scope_tokens=2)
-    assert edited(model, input_ids=left, attention_mask=mask).long().tolist() == [[0] * 9 + [1, 1]] * 2
+    with answering(model, none):
+        found = edited(model, input_ids=left, attention_mask=mask)
+    assert found.long().tolist() == [[0] * 9 + [1, 1]] * 2
     first = adapted("active-bias", move=0.3, scope="first", scope_tokens=2, skip_ids=[])
     assert (
         edited(first, input_ids=left, attention_mask=mask).long().tolist() == [[0] * 3 + [1, 1] + [0] * 6] * 2
     )
+    # Without a mask the padding is known by its id, and the BOS is not counted either.
+    first = adapted("active-bias", move=0.3, scope="first", scope_tokens=2)
+    assert edited(first, input_ids=left).long().tolist() == [[0] * 4 + [1, 1] + [0] * 5] * 2
+
+
+def test_arguments_by_position_are_read():
+    ids = torch.cat([torch.full((2, 3), 9), IDS], dim=1)
+    mask = torch.ones_like(ids)
+    mask[:, :3] = 0
+    model = adapted("active-bias", move=0.3, scope="first", scope_tokens=1, skip_ids=[])
+    seen = []
+    latent_layers(model)[0].watchers.append(seen.append)
+    model.get_base_model()(ids, mask)
+    assert seen[0].edited.view_as(ids).long().tolist() == [[0] * 3 + [1] + [0] * 7] * 2
+
+
+def test_a_cache_that_is_continued_by_several_tokens_does_not_say():
+    model = adapted("active-bias", move=0.3, scope="answer")
+    cache = model(input_ids=IDS[:, :4], use_cache=True, labels=IDS[:, :4]).past_key_values
+    with pytest.raises(ConfigError, match="4 in the cache"):
+        model(input_ids=IDS[:, 4:], past_key_values=cache)
+    with pytest.raises(ConfigError, match="answering"):
+        model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False, use_cache=False)
+
+
+def test_an_interrupted_pass_leaves_nothing_behind():
+    model = adapted("active-bias", move=0.3, scope="answer")
+    layer = latent_layers(model)[0]
+
+    def interrupt(seen):
+        raise KeyboardInterrupt
+
+    layer.watchers.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(input_ids=IDS, labels=IDS)
+    layer.watchers.clear()
+    assert edited(model, input_ids=IDS, labels=LABELS).long().tolist() == [[0] * 5 + [1] * 3] * 2
 
 
 def test_two_sites_agree_under_recomputation():

@@ -415,6 +415,8 @@ def test_the_summary_says_when_an_adapter_does_nothing():
     moved, still = Held(9, 3, 8, 3, 0.5, 1, 2), Held(9, 0, 8, 0, 0.0, 0, 0)
     text = summarise(moved, present, _explanation().pruned, None, Controls(), [])
     assert "lowers the objective by 1.0000" in text and "2 latents, chosen on 4 others, keep 97.0%" in text
+    elsewhere = Objective("text", "nats", 4, 5, 3.0, 2.0, 1.0, (0.9, 1.1), True, -0.2)
+    assert "Nothing is pruned: on the 4" in summarise(moved, elsewhere, None, None, Controls(), [])
     text = summarise(still, absent, None, None, Controls(), [])
     assert "moves none of its 9 latents" in text and "cannot be told from 0" in text and "keep" not in text
     silent = Held(9, 3, 8, 0, 0.0, 0, 0)

@@ -116,10 +116,10 @@ def check_adapter(
             expected="an adapter that changes weights or activations, such as LoRA",
             found=config["peft_type"],
         )
-    if config.get("peft_type") == "LATENT" and config.get("scope") in ("prompt", "answer"):
+    if config.get("peft_type") == "LATENT" and config.get("scope") in ("prompt", "answer", "last"):
         raise PairError(
-            f"The adapter {tuned} edits the {config['scope']} only, and plain text does not say which tokens are",
-            expected="an adapter with scope all, first or last",
+            f"The adapter {tuned} edits a part of prompt or answer, and plain text does not say which is which",
+            expected="an adapter with scope all or first",
             found=f"scope {config['scope']}",
             fix="Read it with `palimpsest explain`, or train one with --scope all",
         )

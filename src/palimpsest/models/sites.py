@@ -4,7 +4,7 @@ interp-engine resolves architectures; palimpsest only spells addresses and asks 
 """
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from interp_engine import AddressError, EagerModel, parse_address
 from interp_engine.lens import apply_logit_transform
@@ -128,4 +128,8 @@ class SiteMap:
             raise SiteError(
                 f"{self.name} has no site '{site}'", expected=EXAMPLES, found=str(error)
             ) from error
-        return Tap(module, side)
+        found: Any = module
+        while side == "input" and type(found).__module__.startswith("palimpsest."):
+            # What a module reads is what comes out of our adapters around it.
+            found = found.base_layer
+        return Tap(found, side)

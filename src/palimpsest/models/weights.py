@@ -25,6 +25,8 @@ SETTINGS = (
     "scope",
     "scope_tokens",
     "skip_ids",
+    "latents",
+    "forbid",
     "dictionary_dtype",
     "hashes",
 )

@@ -45,7 +45,7 @@ class LatentConfig(PeftConfig):
         >>> model = get_peft_model(model, config)  # doctest: +SKIP
     """
 
-    target_hooks: list[Any] = field(default_factory=list)
+    target_hooks: Any = field(default_factory=list)
     """(dictionary, site) pairs: a folder, hub id, SAELens release/id or `Dictionary`; and an address as in
     `resid_post.13`, or None for the dictionary's own. One dictionary alone stands for a list of one pair."""
     component: str = "scale"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import MutableMapping
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ def keep_in_memory(dictionary: Dictionary) -> str:
 
 
 def frozen_dictionary(
-    name: str, dtype: str | None, folder: Path | None, known: dict[tuple[str, str | None], Dictionary]
+    name: str, dtype: str | None, folder: Path | None, known: MutableMapping[tuple[str, str | None], Dictionary]
 ) -> tuple[Dictionary, str]:
     """A dictionary whose weights are buffers that are never saved, and the hash of the weights as stored.
 
@@ -68,9 +69,10 @@ def frozen_dictionary(
         )
     digest = weights_hash(original)
     key = (digest, dtype)
-    if key not in known:
-        known[key] = _frozen(original, getattr(torch, dtype) if dtype else original.dtype)
-    return known[key], digest
+    made = known.get(key)
+    if made is None:
+        made = known[key] = _frozen(original, getattr(torch, dtype) if dtype else original.dtype)
+    return made, digest
 
 
 def _path(name: str, folder: Path | None) -> str:

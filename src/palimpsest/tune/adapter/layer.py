@@ -64,21 +64,23 @@ class LatentLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("latent_components",)
     other_param_names = ("latent_dictionaries",)
+    side = "output"
 
-    def __init__(self, base_layer: nn.Module, side: str, call: Call) -> None:
+    def __init__(self, base_layer: nn.Module, call: Call) -> None:
         """Wrap a module; it does nothing until an adapter is added.
 
         Args:
             base_layer: The module.
-            side: `output` or `input`, whichever is edited.
             call: Shared by all layers of a model.
         """
         super().__init__()
         self.base_layer = base_layer
-        self.side, self.call = side, call
-        self.latent_components = nn.ModuleDict()
+        self.call = call
+        setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self.latent_dictionaries = nn.ModuleDict()
         self.places: dict[str, Place] = {}
+        self._merged: dict[str, Tensor] = {}
+        self._written: dict[str, tuple[list[Tensor], Tensor]] = {}
         self.masks: dict[str, Tensor] = {}
         self.watchers: list[Callable[[Seen], None]] = []
         self.merged_adapters: list[str] = []
@@ -96,12 +98,16 @@ class LatentLayer(nn.Module, BaseTunerLayer):
     @property
     def components(self) -> dict[str, Component]:
         """The component of each adapter."""
-        return {name: self.component(name) for name in self.latent_components}
+        return {name: self.component(name) for name in self._held}
 
     def component(self, adapter: str = "default") -> Component:
         """The component of one adapter."""
-        found: Any = self.latent_components[adapter]
+        found: Any = self._held[adapter]
         return found
+
+    @property
+    def _held(self) -> nn.ModuleDict:
+        return getattr(self, self.adapter_layer_names[0])
 
     def dictionary_of(self, adapter: str) -> Dictionary:
         """The dictionary of one adapter."""
@@ -122,7 +128,13 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         """Put an adapter here, on the device of what it edits."""
         weight = next(self.base_layer.parameters(), None)
         device = torch.device("cpu") if weight is None else weight.device
-        self.latent_components[adapter] = component.to(device)
+        if any(one.is_meta for one in component.parameters()):
+            # peft's low_cpu_mem_usage: the numbers come from a file and are put in as they are.
+            for name, buffer in component.named_buffers():
+                setattr(component, name, buffer.to(device))
+        else:
+            component.to(device)
+        self._held[adapter] = component
         self.latent_dictionaries[adapter] = dictionary.to(device)
         self.places[adapter] = place
         self.set_adapter(self.active_adapters)
@@ -131,13 +143,14 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         """Take an adapter away."""
         super().delete_adapter(adapter_name)
         self.places.pop(adapter_name, None)
+        self._written.pop(adapter_name, None)
         self.masks.pop(adapter_name, None)
 
     def live(self) -> list[str]:
         """The adapters that edit now."""
         if self.disable_adapters:
             return []
-        here = (name for name in self.active_adapters if name in self.latent_components)
+        here = (name for name in self.active_adapters if name in self._held)
         return [name for name in here if name not in self.merged_adapters]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,11 +158,6 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         live = self.live()
         if not live:
             return self.base_layer(*args, **kwargs)
-        if self.side == "input":
-            if args:
-                return self.base_layer(self.edit(args[0], live), *args[1:], **kwargs)
-            kwargs["hidden_states"] = self.edit(kwargs["hidden_states"], live)
-            return self.base_layer(**kwargs)
         output = self.base_layer(*args, **kwargs)
         if isinstance(output, Tensor):
             return self.edit(output, live)
@@ -180,7 +188,7 @@ class LatentLayer(nn.Module, BaseTunerLayer):
     ) -> Float[Tensor, "*tokens d_model"] | None:
         """What one adapter adds: one row per token, or a single one for all of them."""
         component, dictionary, place = self.component(name), self.dictionary_of(name), self.places[name]
-        if place.scope in ("prompt", "first", "last") and self.call.past:
+        if place.scope in ("prompt", "first", "last") and self.call.past and shape[1] == 1:
             return None  # The prompt was edited when it was read, and lies in the cache.
         edited = self.call.edited(place.scope, place.scope_tokens, place.skip_ids)
         if edited is not None:
@@ -200,14 +208,41 @@ class LatentLayer(nn.Module, BaseTunerLayer):
         for watcher in self.watchers:
             watcher(Seen(place.site, name, None if reading is None else reading.codes, edit, edited))
         latents = None if component.whole else component.latents
-        delta = edits.write(dictionary, edit, reading, latents=latents, mask=self.masks.get(name))
-        return delta if edited is None or delta is None else delta * edited[:, None]
+        mask = self.masks.get(name)
+        written = None
+        if component.constant and mask is None and not torch.is_grad_enabled():
+            written = self._constant(name, component, dictionary, edit)
+        delta = (
+            edits.write(dictionary, edit, reading, latents=latents, mask=mask) if written is None else written
+        )
+        if edited is None or delta is None:
+            return delta
+        return torch.where(edited.to(delta.device)[:, None], delta, 0)
+
+    def _constant(self, name: str, component: Component, dictionary: Dictionary, edit: Edit) -> Tensor | None:
+        """What a constant component adds, kept for as long as its numbers stay: writing reads the whole decoder.
+
+        None on accelerators, which are quicker to write it again than to say whether a number has changed.
+        """
+        numbers = list(component.parameters())
+        if numbers[0].device.type != "cpu":
+            return None
+        kept = self._written.get(name)
+        if kept is None or not all(map(torch.equal, kept[0], numbers)):
+            latents = None if component.whole else component.latents
+            made = edits.write(dictionary, edit, None, latents=latents)
+            assert made is not None
+            self._written[name] = kept = ([one.detach().clone() for one in numbers], made)
+        return kept[1]
 
     def _may_stop(self, live: Sequence[str]) -> bool:
         """Whether nothing below is trained, so that no gradient is wanted there."""
         if not (self.training and torch.is_grad_enabled()):
             return False
-        return all(self.places[name].stop_gradient for name in live) and not self.call.others_train()
+        if not all(self.places[name].stop_gradient for name in live):
+            return False
+        own = {id(one) for layer in latent_layers(self.call.root) for one in layer._held.parameters()}
+        return not any(one.requires_grad and id(one) not in own for one in self.call.root.parameters())
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write constant adapters into a bias of the base.
@@ -219,17 +254,20 @@ class LatentLayer(nn.Module, BaseTunerLayer):
 
         del safe_merge
         for name in self.live() if adapter_names is None else adapter_names:
-            if name in self.latent_components and name not in self.merged_adapters:
-                merge_vector(self.call.root, self.places[name].site, self.constant_vector(name))
+            if name in self.places and name not in self.merged_adapters:
+                vector = self.constant_vector(name)
+                merge_vector(self.call.root, self.places[name].site, vector)
+                self._merged[name] = vector
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Take merged adapters out of the biases again."""
+        """Take merged adapters out of the biases again, as they were put in."""
         from palimpsest.tune.adapter.merge import unmerge_vector
 
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            unmerge_vector(self.call.root, self.places[name].site, self.constant_vector(name))
+        for name in list(self.merged_adapters):
+            unmerge_vector(self.call.root, self.places[name].site, self._merged[name])
+            del self._merged[name]
+            self.merged_adapters.remove(name)
 
     def constant_vector(self, adapter: str) -> Float[Tensor, " d_model"]:
         """What a constant adapter adds to every token.
@@ -245,6 +283,25 @@ class LatentLayer(nn.Module, BaseTunerLayer):
                 found=f"scope {place.scope}, {len(place.skip_ids)} token ids left alone",
             )
         return steering_vector(component, self.dictionary_of(adapter), self.masks.get(adapter))
+
+
+class InputLayer(LatentLayer):
+    """The same for what enters a module: the first layer's `resid_pre`.
+
+    Its numbers have another name, since a wrapper of the output may stand around the same module.
+    """
+
+    adapter_layer_names = ("latent_inputs",)
+    side = "input"
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward on edited activations."""
+        if live := self.live():
+            if args:
+                args = (self.edit(args[0], live), *args[1:])
+            else:
+                kwargs["hidden_states"] = self.edit(kwargs["hidden_states"], live)
+        return self.base_layer(*args, **kwargs)
 
 
 @torch.no_grad()
@@ -274,4 +331,4 @@ def latent_layers(model: nn.Module) -> list[LatentLayer]:
     return [module for module in model.modules() if isinstance(module, LatentLayer)]
 
 
-__all__ = ["PREFIX", "LatentLayer", "Place", "Seen", "latent_layers", "steering_vector"]
+__all__ = ["PREFIX", "InputLayer", "LatentLayer", "Place", "Seen", "latent_layers", "steering_vector"]

@@ -174,6 +174,15 @@ def unmerge_vector(model: nn.Module, site: str, vector: Float[Tensor, " d_model"
         _switch_off(model)
 
 
+def forget_merges(model: nn.Module) -> None:
+    """Make what is merged a part of the model: nothing can be taken out again."""
+    for module in model.modules():
+        if hasattr(module, _RECORD):
+            delattr(module, _RECORD)
+    if hasattr(model, _SWITCHED):
+        delattr(model, _SWITCHED)
+
+
 def _as_merged(linear: Any, vector: Tensor) -> Tensor:
     dtype, device = wide(linear.weight.dtype), linear.weight.device
     return vector.detach().to(device, dtype, copy=True)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from palimpsest.dictionaries import Dictionary
-from palimpsest.errors import ConfigError, DictionaryError, SiteError
-from palimpsest.models.sites import SiteMap
-from palimpsest.tune.adapter.components import check_latents, check_size, make_component
+from palimpsest.errors import ConfigError
+from palimpsest.tune.adapter.components import make_component
 from palimpsest.tune.adapter.config import LatentConfig
-from palimpsest.tune.adapter.dictionaries import frozen_dictionary
-from palimpsest.tune.adapter.layer import PREFIX, LatentLayer, Place, latent_layers
+from palimpsest.tune.adapter.layer import PREFIX, InputLayer, LatentLayer, Place, latent_layers
+from palimpsest.tune.adapter.places import Target, find_targets
 from palimpsest.tune.adapter.scope import Call
-
-WRITABLE = ("resid_pre", "resid_post", "mlp_out", "mlp_out_post", "attn_out", "attn_out_post", "path")
-"""Kinds of sites whose replacement reaches everything that reads them."""
 
 
 class LatentTuner(BaseTuner):
@@ -46,53 +43,37 @@ class LatentTuner(BaseTuner):
         peft's own search goes by module names from the outside in, and loses a module inside one that it has wrapped.
 
         Raises:
-            SiteError: The model lacks a site, or what is written there would not reach all its readers.
-            DictionaryError: A dictionary does not fit the model or is another one than the adapter was trained with.
-            ConfigError: The component is too large, or the model is one that cannot be edited.
+            PalimpsestError: As `find_targets`; the model is as it was.
         """
         del autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         config = self._latent_config(adapter_name)
-        _check_base(model)
-        trained = (
-            {id(one) for one in model.parameters() if one.requires_grad} if latent_layers(model) else set()
+        known = self.__dict__.get("_dictionaries")
+        self._dictionaries: WeakValueDictionary[tuple[str, str | None], Dictionary] = (
+            WeakValueDictionary() if known is None else known
         )
-        call = self._call(model)
-        self._dictionaries: dict[tuple[str, str | None], Dictionary] = getattr(self, "_dictionaries", {})
-        targets = _targets(config, model, self._dictionaries)
-        skip = tuple(_special(model) if config.skip_ids is None else config.skip_ids)
-        for site, dictionary in targets.items():
+        targets = find_targets(config, model, adapter_name, self._dictionaries)
+        before = latent_layers(model)
+        trained = [one for one in model.parameters() if one.requires_grad] if before else []
+        call = before[0].call if before else Call(model)
+        for target in targets:
             component = make_component(
                 config.component,
-                dictionary,
-                allowed_latents(config, site, dictionary.n_latents),
+                target.dictionary,
+                target.latents,
                 transform=config.transform,
                 rank=config.rank,
                 activation=config.activation,
             )
-            place = Place(site, config.scope, config.scope_tokens, skip, config.stop_gradient)
-            layer = self._wrapped(model, site, call)
-            if adapter_name in layer.places:
-                # Where no norm stands between them, mlp_out and mlp_out_post are one module.
-                raise ConfigError(
-                    "Two dictionaries at one place of this model",
-                    found=f"{layer.places[adapter_name].site} and {site}",
-                    fix="Use an adapter for each",
-                )
-            layer.add(adapter_name, component, dictionary, place)
-        names = {id(layer): name for name, layer in model.named_modules()}
-        here = [layer for layer in latent_layers(model) if adapter_name in layer.places]
-        config.target_modules = sorted(names[id(layer)].replace(".base_layer", "") for layer in here)
-        call.holders = [
-            layer
-            for name, layer in model.named_modules()
-            if hasattr(type(layer), "gradient_checkpointing")
-            and any(isinstance(one, LatentLayer) for one in layer.modules())
-        ]
+            skip = tuple(config.skip_ids or ())
+            place = Place(target.site, config.scope, config.scope_tokens, skip, config.stop_gradient)
+            self._wrapped(model, target, call).add(adapter_name, component, target.dictionary, place)
+        call.attach()
+        here = [name for name, one in model.named_modules() if _holds(one, adapter_name)]
+        config.target_modules = sorted(name.replace(".base_layer", "") for name in here)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
-        for parameter in model.parameters():
-            if id(parameter) in trained:
-                parameter.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
     def _latent_config(self, adapter_name: str) -> LatentConfig:
         config = self.peft_config[adapter_name]
@@ -104,41 +85,16 @@ class LatentTuner(BaseTuner):
             )
         return config
 
-    def _call(self, model: nn.Module) -> Call:
-        """What the layers of this model share; its hooks are set once."""
-        known = latent_layers(model)
-        if known:
-            return known[0].call
-        call = Call(model, PREFIX)
-        inner = getattr(model, "base_model", None)
-        self._hooks: list[RemovableHandle] = [
-            handle
-            for one in dict.fromkeys(filter(None, (model, inner)))
-            for handle in (
-                one.register_forward_pre_hook(call.before, with_kwargs=True),
-                one.register_forward_hook(call.after, always_call=True),
-            )
-        ]
-        return call
-
-    def _wrapped(self, model: nn.Module, site: str, call: Call) -> LatentLayer:
+    def _wrapped(self, model: nn.Module, target: Target, call: Call) -> LatentLayer:
         """The layer around a site's module, put there if there is none."""
-        tap = SiteMap(model, object(), "the model").tap(site)
-        found = tap.module
-        while isinstance(found, LatentLayer) and found.side != tap.side:
-            found = found.base_layer
-        if isinstance(found, LatentLayer):
-            return found
-        names = {id(module): name for name, module in model.named_modules()}
-        name = names[id(tap.module)]
-        outer = name.removesuffix(".base_layer")
-        around = model.get_submodule(outer)
-        if isinstance(around, LatentLayer) and around.side == tap.side:
-            return around
+        if target.layer is not None:
+            return target.layer
+        name = next(name for name, module in model.named_modules() if module is target.module)
         parent, _, child = name.rpartition(".")
-        layer = LatentLayer(tap.module, tap.side, call)
-        self._replace_module(model.get_submodule(parent), child, layer, tap.module)
-        layer.train(tap.module.training)
+        kind = LatentLayer if target.side == "output" else InputLayer
+        layer = kind(target.module, call)
+        self._replace_module(model.get_submodule(parent), child, layer, target.module)
+        layer.train(target.module.training)
         return layer
 
     def _replace_module(
@@ -158,14 +114,64 @@ class LatentTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: Any) -> PeftConfig:
         return peft_config
 
-    def _check_merge_allowed(self) -> None:
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name of a tensor in a file: the same whatever other adapters stand around its module."""
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace(".base_layer.", ".")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """As peft does it, for all tensors or none: one that finds no place would leave the base as it is, silently."""
+        made = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {
+            name
+            for name in model.state_dict()
+            if PREFIX in name and name.split(f".{PREFIX}")[-1].split(".")[1:2] == [adapter_name]
+        }
+        if own and set(made) != own:
+            lost = sorted(own.symmetric_difference(made))
+            raise ConfigError(
+                f"The adapter's file does not hold the numbers of its {len(own)} tensors",
+                expected=", ".join(sorted(own)[:3]),
+                found=f"{len(lost)} without a counterpart, such as {lost[0]}",
+            )
+        return made
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write constant adapters into biases of the base; see `LatentLayer.merge`.
+
+        Raises:
+            ConfigError: One of them cannot be; nothing is changed.
+        """
+        self._check_mergeable(adapter_names)
+        for layer in latent_layers(self.model):
+            layer.merge(safe_merge, adapter_names)
+
+    def _check_mergeable(self, names: Sequence[str] | None) -> None:
         """Refuse before anything is written, so that a model is never merged by half."""
         from palimpsest.tune.adapter.merge import check_place
 
-        layers = [(layer, name) for layer in latent_layers(self.model) for name in layer.live()]
-        for layer, name in layers:
-            layer.constant_vector(name)
-            check_place(self.model, layer.places[name].site)
+        for layer in latent_layers(self.model):
+            for name in layer.live() if names is None else layer.places.keys() & set(names):
+                layer.constant_vector(name)
+                check_place(self.model, layer.places[name].site)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        """Switch; what is merged is taken out first, wherever in the model it lies."""
+        if not enabled:
+            for layer in latent_layers(self.model):
+                layer.unmerge()
+        super()._enable_adapter_layers(enabled)
+
+    def disable_adapter_layers(self) -> None:
+        """The base, to the last bit."""
+        self._enable_adapter_layers(False)
+
+    def enable_adapter_layers(self) -> None:
+        """The active adapters again."""
+        self._enable_adapter_layers(True)
 
     def _unload_and_optionally_merge(
         self,
@@ -175,129 +181,30 @@ class LatentTuner(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> Any:
         """The base without its wrappers, deepest first."""
+        from palimpsest.tune.adapter.merge import forget_merges
+
         del progressbar
+        layers = latent_layers(self.model)
         if merge:
-            self._check_merge_allowed()
-            for layer in latent_layers(self.model):
-                layer.merge(safe_merge, adapter_names)
+            self.merge_adapter(adapter_names, safe_merge)
+            forget_merges(self.model)
+        else:
+            for layer in layers:
+                layer.unmerge()
         inside = [name for name, one in self.model.named_modules() if isinstance(one, LatentLayer)]
         for name in sorted(inside, key=lambda one: one.count("."), reverse=True):
             parent, _, child = name.rpartition(".")
             layer: Any = self.model.get_submodule(name)
             self._replace_module(self.model.get_submodule(parent), child, layer.base_layer, layer)
-        for handle in self._hooks:
-            handle.remove()
+        for call in {id(layer.call): layer.call for layer in layers}.values():
+            call.detach()
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return self.model
 
 
-def _check_base(model: nn.Module) -> None:
-    quantised = getattr(model, "quantization_method", None) or getattr(model, "is_quantized", False)
-    devices = {str(one) for one in (getattr(model, "hf_device_map", None) or {}).values()}
-    if any(one.device.type == "meta" for one in model.parameters()) or "disk" in devices:
-        raise ConfigError(
-            "Some of the model's weights are not in memory",
-            expected="a model that is loaded",
-            fix="Load it without device_map, or on devices with room for it",
-        )
-    if quantised and not any(one.is_floating_point() for one in model.parameters()):
-        raise ConfigError(
-            "The model has no parameter of floating point", expected="embeddings that are not quantised"
-        )
-
-
-def _targets(
-    config: LatentConfig, model: nn.Module, known: dict[tuple[str, str | None], Dictionary]
-) -> dict[str, Dictionary]:
-    """The dictionary of each site, checked against the model and against the hash that the adapter recorded."""
-    sites = SiteMap(model, object(), "the model")
-    targets: dict[str, Dictionary] = {}
-    for place, (name, wanted) in enumerate(config.target_hooks):
-        dictionary, digest = frozen_dictionary(name, config.dictionary_dtype, config.folder, known)
-        site = sites.canonical(wanted or _own_site(name, dictionary))
-        _check_site(site, sites, dictionary, name)
-        if site in targets:
-            raise ConfigError("Two dictionaries at one site", found=site, fix="Use an adapter for each")
-        recorded = config.hashes.get(site)
-        if recorded is not None and recorded != digest:
-            raise DictionaryError(
-                f"The dictionary {name} is another one than the adapter was trained with at {site}",
-                expected=f"weights with SHA-256 {recorded[:16]}…",
-                found=f"{digest[:16]}…",
-                fix="Name the right one in target_hooks of the adapter's configuration",
-            )
-        check_size(config.component, dictionary, config.rank, config.allow_quadratic)
-        targets[site] = dictionary
-        config.hashes[site] = digest
-        config.target_hooks[place] = [name, site]
-    return targets
-
-
-def _own_site(name: str, dictionary: Dictionary) -> str:
-    if dictionary.site is None:
-        raise DictionaryError(
-            f"The dictionary {name} does not say where it was trained",
-            fix="Name the site: target_hooks=[(dictionary, 'resid_post.13')], or --site",
-        )
-    return dictionary.site
-
-
-def _check_site(site: str, sites: SiteMap, dictionary: Dictionary, name: str) -> None:
-    tap = sites.tap(site)
-    kind = site.split(".")[0]
-    if (
-        kind not in WRITABLE
-        or (tap.side == "input" and kind != "resid_pre")
-        or tap.side not in ("input", "output")
-    ):
-        raise SiteError(
-            f"An edit at {site} would not reach all that reads it",
-            expected="a site of " + ", ".join(WRITABLE),
-            found=f"the {tap.side} of {type(tap.module).__name__}",
-        )
-    if dictionary.d_model != sites.d_model:
-        raise DictionaryError(
-            f"The dictionary {name} has another width than the model",
-            expected=f"d_model {sites.d_model}",
-            found=dictionary.d_model,
-            fix="Use a dictionary of this model",
-        )
-
-
-def allowed_latents(config: LatentConfig, site: str, n_latents: int) -> Any:
-    """The latents that may change at a site, None for all."""
-
-    def of(lists: Any) -> list[int] | None:
-        found = lists.get(site) if isinstance(lists, dict) else lists
-        return None if found is None else [int(one) for one in found]
-
-    for lists in (config.latents, config.forbid):
-        unknown = set(lists) - {one for _, one in config.target_hooks} if isinstance(lists, dict) else set()
-        if unknown:
-            raise ConfigError(
-                "Latents are listed for a site that the adapter does not edit",
-                expected=", ".join(str(one) for _, one in config.target_hooks),
-                found=", ".join(map(str, unknown)),
-            )
-    chosen = check_latents(of(config.latents), n_latents, site)
-    forbidden = check_latents(of(config.forbid), n_latents, site)
-    if forbidden is None:
-        return chosen
-    left = set(range(n_latents)) if chosen is None else set(chosen.tolist())
-    return check_latents(sorted(left - set(forbidden.tolist())), n_latents, site)
-
-
-def _special(model: nn.Module) -> list[int]:
-    """The model's BOS and padding ids."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found: set[int] = set()
-    for one in (text, getattr(model, "generation_config", None)):
-        for name in ("bos_token_id", "pad_token_id"):
-            value = getattr(one, name, None)
-            found.update(value if isinstance(value, list) else [] if value is None else [value])
-    return sorted(found)
+def _holds(module: nn.Module, adapter: str) -> bool:
+    return isinstance(module, LatentLayer) and adapter in module.places
 
 
 __all__ = ["LatentTuner"]

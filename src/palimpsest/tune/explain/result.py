@@ -108,6 +108,9 @@ class Objective:
     ci: Range
     present: bool
     """Whether the difference can be told from 0; without one there are no shares."""
+    chosen_difference: float = 0.0
+    """The same on the documents, or pairs, that choose."""
+    chosen_present: bool = True
     margin: float | None = None
     """pairs: mean of log p/p_ref(chosen) - log p/p_ref(rejected)."""
 

@@ -135,7 +135,7 @@ def _explain(
         controls=controls,
         confidence=float(config.causal.confidence),
         seed=config.run.seed,
-        notes=_notes(subject, objective[1], pruned),
+        notes=_notes(subject, objective[1], held, pruned),
     )
 
 
@@ -153,7 +153,8 @@ def _causes(
     ordered = Orders.of(latents, read.effect(0), read.firing(0), options.random_orders, seed)
     sizes = numbers(latents, ordered.active, options.points)
     points = curves(reports, ordered, sizes)
-    if not (chooses.effect.present and reports.effect.present):
+    same = chooses.effect.difference * reports.effect.difference > 0
+    if not (reports.effect.present and chooses.effect.sized and same):
         return points, None
     found: Needed = needed(chooses, ordered, sizes, float(options.keep))
     return points, prune(subject, reports, ordered, found, float(options.keep), run)
@@ -172,6 +173,8 @@ def _objective(probes: Sequence[Probe], options: ObjectiveOptions) -> Objective:
         difference=reports.difference,
         ci=reports.ci,
         present=reports.present,
+        chosen_difference=chooses.difference,
+        chosen_present=chooses.present,
         margin=probes[1].margin,
     )
 
@@ -244,7 +247,7 @@ def _entry(path: str) -> dict[str, Any]:
     return input_entry(path) if Path(path).exists() else {"path": path, "sha256": None}
 
 
-def _notes(subject: Subject, options: ObjectiveOptions, pruned: Pruned | None) -> list[str]:
+def _notes(subject: Subject, options: ObjectiveOptions, held: Objective, pruned: Pruned | None) -> list[str]:
     trained = subject.objective
     notes = []
     if trained is not None and trained.objective != options.objective:
@@ -255,6 +258,11 @@ def _notes(subject: Subject, options: ObjectiveOptions, pruned: Pruned | None) -
     if subject.config.component in ("low-rank", "mlp"):
         notes.append(
             "The size of a latent's change is the root of its mean square: an upper bound of the mean size."
+        )
+    if pruned is not None and not held.chosen_present:
+        notes.append(
+            f"On the {held.chosen_on:,} documents that choose, the effect cannot be told from 0: the number of latents "
+            "is uncertain (more with --eval-rows)."
         )
     if pruned is not None and pruned.reload_error is not None and pruned.reload_error > RELOADED:
         notes.append(

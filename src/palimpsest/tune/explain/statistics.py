@@ -104,8 +104,8 @@ class Effect:
         self.difference = float((base - full).sum() / units.sum())
         self.ci = self._interval(base - full, units)
         rounding = ROUNDING * abs(float(base.sum() / units.sum()))
-        told = self.ci[0] > 0 or self.ci[1] < 0
-        self.present = bool(told and abs(self.difference) > rounding)
+        self.sized = bool(abs(self.difference) > rounding)
+        self.present = bool(self.sized and (self.ci[0] > 0 or self.ci[1] < 0))
 
     def interval(self, losses: Float[NDArray, " documents"]) -> tuple[float, Range]:
         """Mean of base - losses, with its interval."""

@@ -75,6 +75,8 @@ def _range(found: Objective, digits: int) -> str:
 
 
 def _pruned(found: Pruned | None, objective: Objective) -> str:
+    if found is None and objective.chosen_difference * objective.difference <= 0:
+        return f"Nothing is pruned: on the {objective.chosen_on:,} that choose it does not do the same."
     if found is None:
         return "No number of its latents keeps the share of that which was asked for."
     text = (

@@ -20,7 +20,7 @@ from palimpsest.tune.adapter.components import make_component
 from palimpsest.tune.adapter.config import LatentConfig
 from palimpsest.tune.adapter.dictionaries import frozen_dictionary
 from palimpsest.tune.adapter.layer import PREFIX, steering_vector
-from palimpsest.tune.adapter.tuner import allowed_latents
+from palimpsest.tune.adapter.places import allowed_latents
 from palimpsest.tune.choices import COMPONENTS
 
 _STEM = "base_model.model."

@@ -45,12 +45,15 @@ class Gate(Component):
         codes, x = reading.codes, reading.x.to(self.weight.dtype)
         if self.rank is not None:
             x = x @ self.down
-        rows = self.weight if self.place is None else F.pad(self.weight, (0, 0, 0, 1))
-        index = codes.indices if self.place is None else self.place[codes.indices]
-        a: Any = _EntryDot.apply(x, rows, codes.crow, index)
-        a = soft_threshold(
-            a + self.take(self.bias, codes.indices), self.take(one_sided(self.threshold), codes.indices)
-        )
+        index = codes.indices
+        if self.place is not None:
+            # Latents that stay are read off the last row, and their result is dropped.
+            index = self.place[index].clamp(max=self.n - 1)
+        a: Any = _EntryDot.apply(x, self.weight, codes.crow, index)
+        a = a + self.take(self.bias, codes.indices)
+        a = soft_threshold(a, self.take(one_sided(self.threshold), codes.indices))
+        if self.place is not None:
+            a = torch.where(self.place[codes.indices] < self.n, a, 0)
         return Edit(entries=torch.maximum(a, -codes.values) * (codes.values > 0))
 
     def rows(self) -> list[nn.Parameter]:
