@@ -10,7 +10,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 
 from latent_world import ARCHITECTURES, KINDS, LATENTS, adapted, config, dictionary, shift, tiny, tokens
-from palimpsest.errors import ConfigError, DictionaryError, SiteError
+from palimpsest.errors import ConfigError, DictionaryError, PairError, SiteError
 from palimpsest.tune.adapter import LatentConfig, latent_layers
 
 IDS = tokens()
@@ -348,7 +348,7 @@ def test_a_file_without_the_numbers_is_refused(tmp_path):
     tensors = load_file(path)
     tensors.pop(next(iter(tensors)))
     save_file(tensors, path)
-    with pytest.raises(ConfigError, match="does not hold the numbers"):
+    with pytest.raises(PairError, match="does not hold the numbers"):
         PeftModel.from_pretrained(tiny(), tmp_path)
 
 

@@ -73,7 +73,7 @@ def find_targets(
     for name, wanted in config.target_hooks:
         dictionary, digest = frozen_dictionary(name, config.dictionary_dtype, config.folder, known)
         site = sites.canonical(wanted or _own_site(name, dictionary))
-        tap = _tap(site, sites)
+        tap = tap_of(site, sites)
         _check_dictionary(config, name, site, sites, dictionary)
         _check_hash(config, name, site, digest)
         latents = allowed_latents(config, site, dictionary.n_latents, sites)
@@ -110,7 +110,7 @@ def _own_site(name: str, dictionary: Dictionary) -> str:
     return dictionary.site
 
 
-def _tap(site: str, sites: SiteMap) -> Tap:
+def tap_of(site: str, sites: SiteMap) -> Tap:
     """The module whose output is the site; what enters a layer is what leaves the one before."""
     kind, _, layer = site.partition(".")
     if kind == "resid_pre" and layer.isdigit() and int(layer) > 0:
@@ -228,4 +228,4 @@ def _special(model: nn.Module) -> list[int]:
     return sorted(found)
 
 
-__all__ = ["WRITABLE", "Target", "allowed_latents", "find_targets"]
+__all__ = ["WRITABLE", "Target", "allowed_latents", "find_targets", "tap_of"]

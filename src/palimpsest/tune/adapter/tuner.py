@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from palimpsest.dictionaries import Dictionary
-from palimpsest.errors import ConfigError
+from palimpsest.errors import ConfigError, PairError
 from palimpsest.tune.adapter.components import make_component
 from palimpsest.tune.adapter.config import LatentConfig
 from palimpsest.tune.adapter.layer import PREFIX, InputLayer, LatentLayer, Place, latent_layers
@@ -132,7 +132,7 @@ class LatentTuner(BaseTuner):
         }
         if own and set(made) != own:
             lost = sorted(own.symmetric_difference(made))
-            raise ConfigError(
+            raise PairError(
                 f"The adapter's file does not hold the numbers of its {len(own)} tensors",
                 expected=", ".join(sorted(own)[:3]),
                 found=f"{len(lost)} without a counterpart, such as {lost[0]}",

@@ -120,8 +120,12 @@ def _controls(found: Controls) -> list[str]:
         for who, one in (("The twin", found.twin), ("The adapter of other data", found.other)):
             if one is not None:
                 sentences.append(_agreement(who, one) + ".")
-    if found.shuffled is not None and found.shuffled.share is not None:
-        sentences.append(f"The adapter of shuffled data has {found.shuffled.share:.0%} of its effect.")
+    if found.shuffled is not None and found.shuffled.difference is not None:
+        one = found.shuffled
+        ends = "" if one.ci is None else f" [{one.ci[0]:+.4f}, {one.ci[1]:+.4f}]"
+        sentences.append(
+            f"By the adapter of shuffled data the objective falls by {one.difference:+.4f}{ends} on the same documents."
+        )
     return sentences
 
 

@@ -19,11 +19,14 @@ from palimpsest.models.sites import SiteMap
 from palimpsest.tune.adapter.components import make_component
 from palimpsest.tune.adapter.config import LatentConfig
 from palimpsest.tune.adapter.dictionaries import frozen_dictionary
-from palimpsest.tune.adapter.layer import PREFIX, steering_vector
-from palimpsest.tune.adapter.places import allowed_latents
+from palimpsest.tune.adapter.layer import InputLayer, LatentLayer, steering_vector
+from palimpsest.tune.adapter.places import allowed_latents, tap_of
 from palimpsest.tune.choices import COMPONENTS
 
 _STEM = "base_model.model."
+
+HELD = {one.side: one.adapter_layer_names[0] for one in (LatentLayer, InputLayer)}
+"""Name of an adapter's numbers beside a module, by what they edit."""
 
 
 @dataclass
@@ -65,10 +68,11 @@ def read_vectors(folder: Path) -> Vectors:
     names = {id(module): name for name, module in model.named_modules()}
     found: dict[str, Tensor] = {}
     for name, site in config.target_hooks:
-        module = names[id(sites.tap(site).module)]
-        if module not in weights:
-            raise ConfigError(f"{folder} has no values for {site}", expected=f"values of {module}")
-        found[site] = _vector(config, name, site, weights[module], sites.d_model)
+        tap = tap_of(site, sites)
+        held = f"{names[id(tap.module)]}.{HELD[tap.side]}"
+        if held not in weights:
+            raise ConfigError(f"{folder} has no values for {site}", expected=f"values of {held}")
+        found[site] = _vector(config, name, site, weights[held], sites.d_model)
     return Vectors(base, model, config.component, found, _notes(config))
 
 
@@ -117,7 +121,7 @@ def _architecture(base: str) -> nn.Module:
 
 
 def _weights(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The component's tensors by the module they stand around."""
+    """The component's tensors by the module they stand around and its side."""
     path = folder / "adapter_model.safetensors"
     try:
         tensors = load_file(path)
@@ -125,15 +129,8 @@ def _weights(folder: Path) -> dict[str, dict[str, Tensor]]:
         raise ConfigError(f"Cannot read {path}", found=" ".join(str(error).split())[:400]) from error
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        # A wrapper may stand inside another, as in `layers.1.base_layer.mlp`.
-        plain = key.removeprefix(_STEM).replace(".base_layer", "")
-        module, _, rest = plain.partition(f".{PREFIX}components.")
-        own = found.setdefault(module, {})
-        if rest in own:
-            raise ConfigError(
-                f"Two sites of the adapter share the module {module}: one of them cannot be exported"
-            )
-        own[rest] = tensor
+        held, _, rest = key.removeprefix(_STEM).replace(".base_layer.", ".").rpartition(".")
+        found.setdefault(held, {})[rest] = tensor
     return found
 
 
