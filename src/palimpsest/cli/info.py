@@ -53,6 +53,20 @@ ORIGIN = (
 )
 """What of a dictionary's metadata is shown."""
 
+ADAPTER = (
+    "peft_type",
+    "base_model_name_or_path",
+    "component",
+    "transform",
+    "rank",
+    "scope",
+    "target_hooks",
+    "hashes",
+    "r",
+    "target_modules",
+)
+"""What is worth telling of a PEFT adapter's configuration."""
+
 
 @app.default
 def info(
@@ -67,8 +81,8 @@ def info(
     """Say what a folder is, where it came from, and whether it is whole; try a dictionary on real text.
 
     Args:
-        path: Any folder that palimpsest wrote, or a dictionary of any known format: a folder, a weights file, a hub id,
-            a SAELens release/id.
+        path: Any folder that palimpsest wrote, a PEFT adapter, or a dictionary of any known format: a folder, a weights
+            file, a hub id, a SAELens release/id.
         corpus: Text to try a dictionary on, with --model (or --base and --tuned): does it fit, and if not, why.
         check: Compare the weights of a dictionary with their hashes, too; otherwise only headers are read.
         revision: Of a dictionary on the hub.
@@ -82,6 +96,10 @@ def info(
                 f"{path} is no dictionary, so it cannot be tried on text", found=f"stage {stage}"
             )
         _artifact(Path(path), display)
+        return 0
+    if (adapter := Path(path) / "adapter_config.json").is_file():
+        facts = _adapter(adapter)
+        emit(display, facts, lambda: _content(facts))
         return 0
     asked = proof.config(path, corpus, "--corpus")
     facts = _dictionary(path, revision, check=check, native=stage is not None)
@@ -109,6 +127,20 @@ def _stage(path: str) -> str | None:
     except OSError:
         return None
     return content["stage"] if isinstance(content, dict) and is_manifest(content) else None
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """What the configuration of a PEFT adapter says, of ours or of others; a run's own folder says more."""
+    from palimpsest.artifacts.reading import read_json
+
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is no adapter configuration", expected="an object of JSON")
+    told = {key: value for key, value in config.items() if key in ADAPTER and value not in (None, [], {})}
+    lists = config.get("latents")
+    if isinstance(lists, dict):
+        told["latents"] = {site: len(one) for site, one in lists.items()}
+    return {"format": "PEFT adapter", **told}
 
 
 def _artifact(path: Path, display: Display) -> None:

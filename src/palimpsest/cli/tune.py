@@ -74,7 +74,7 @@ def show(result: dict[str, Any], movers: list[dict[str, Any]], path: str) -> Non
             f"Latents moved: {result['latents_moved']:,} of {total:,}" + (f"; most: {named}" if named else "")
         )
     say(f"Written to {path}")
-    if result["sites"]:
+    if result["component"] not in ("vector", "lora"):
         say(f"Next: palimpsest explain {path} --corpus FILE --out {path}-explained")
 
 

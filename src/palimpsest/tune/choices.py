@@ -32,6 +32,9 @@ COMPONENTS = {
 }
 """Every component with what it does to the codes z of a token x, and the learning rate that fits it."""
 
+SIGNED = ("scale", "active-bias", "bias", "relu-bias")
+"""Components whose number per latent says in which direction it moves; of the others it is a length."""
+
 TRANSFORMS = ("identity", "exp", "non-negative", "one-sided")
 """g of the scale component: s; e^s - 1; s above 0 and e^s - 1 below; max(s, 0)."""
 
@@ -50,3 +53,6 @@ PREFERENCES = ("dpo", "orpo", "simpo")
 METHODS = (*COMPONENTS, "lora", "diffmean", "best-latent", "latents")
 """What a table of baselines can hold: the components, LoRA, the difference of two means as a vector, a constant on the
 one latent that tells the data from general text best, and a constant on latents chosen by hand."""
+
+MOVED = 1e-3
+"""A latent whose value is no further from 0 counts as not moved."""

@@ -89,7 +89,8 @@ class ObjectiveOptions:
     """Held-out data of the same kind; by default a part of --data is held out."""
 
     hold_out: Number = 0.1
-    """Share of the rows of --data, evenly spaced, that are held out where there is no --eval-data."""
+    """Share of the rows of --data, chosen by a checksum of their prompts, that are held out where there is no
+    --eval-data."""
 
     general: tuple[str, ...] = ()
     """General text: the KL divergence from the base is measured on it."""
@@ -117,7 +118,7 @@ class ObjectiveOptions:
     """grpo: completions per prompt."""
 
     eval_rows: Count = 64
-    """Held-out rows, and rows of general text, that are measured."""
+    """Held-out rows, and rows of general text, that are measured, evenly spaced over all of them."""
 
     def __post_init__(self) -> None:
         """Refuse objectives that lack what they need."""
@@ -144,6 +145,8 @@ class ObjectiveOptions:
         for name in ("beta", "retain_weight"):
             if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{name} cannot be negative", found=value)
+        if self.beta == 0 and self.objective in ("dpo", "kto", "simpo", "unlearn"):
+            raise ConfigError(f"beta must be above 0 with {self.objective}", found=self.beta)
         if self.answers_only and self.objective != "sft":
             raise ConfigError("--answers-only belongs to --objective sft", found=self.objective)
 

@@ -17,7 +17,7 @@ from palimpsest.models import LanguageModel
 from palimpsest.tune.config import ObjectiveOptions
 from palimpsest.tune.data import TuneData
 from palimpsest.tune.measure import answer
-from palimpsest.tune.rows import TextRow
+from palimpsest.tune.rows import TextRow, evenly
 from palimpsest.tune.scoring import Batch, batches
 
 
@@ -99,7 +99,7 @@ def sides(objective: ObjectiveOptions, data: TuneData, most: int) -> Sides:
     Args:
         objective: The objective.
         data: The run's data; only what is trained on, and general text.
-        most: Rows of each kind.
+        most: Rows of each kind, evenly spaced.
 
     Raises:
         ConfigError: The objective has no two kinds of text, or one of them is empty.
@@ -128,7 +128,7 @@ def sides(objective: ObjectiveOptions, data: TuneData, most: int) -> Sides:
             expected="--general with sft, pairs, verdicts of both kinds, or --retain",
             fix="Leave diffmean and best-latent out of --methods",
         )
-    return Sides(found.wanted[:most], found.other[:most])
+    return Sides(evenly(found.wanted, most), evenly(found.other, most))
 
 
 @torch.inference_mode()

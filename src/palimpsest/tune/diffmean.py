@@ -149,6 +149,7 @@ def _write(
             "stopped": None,
             "rows": {"train": len(data.train), "heldout": min(len(data.heldout), config.objective.eval_rows)},
             "lm_eval": None,
+            "notes": data.notes,
             "strength": best.strength,
             "tried": [one._asdict() for one in tried],
         }

@@ -22,6 +22,9 @@ from palimpsest.tune.rewards import mean_rewards
 from palimpsest.tune.rows import IGNORED, KtoRow, PairRow, PromptRow, Row, TextRow
 from palimpsest.tune.scoring import Comparison, Scorer, Scores
 
+FEWEST = 6
+"""Rows of an interval: resampling fewer says nothing."""
+
 RESAMPLES = 2000
 """Bootstrap draws of an interval."""
 
@@ -161,7 +164,7 @@ class Yardstick:
             parts, loss, margin, further = self._from_scores(model, base=base)
         side = None
         if general and self.general:
-            side = self._scorer.compare(model, self.general, self._base_general)
+            side = self._scorer.compare(model, self.general, self._base_general, plain=True)
             if base:
                 side = Comparison(side.base, side.base, np.zeros_like(side.kl))
         measured = Measured(parts, UNITS[objective], loss, margin, side, further)
@@ -269,8 +272,11 @@ def interval(parts: Sequence[Part], resamples: int = RESAMPLES, seed: int = 0) -
     """Bootstrap interval of `estimate` over rows; parts of one group share their draws.
 
     Returns:
-        Lower and upper end at 95 %; NaN where a group has a single row.
+        Lower and upper end at 95 %; NaN where a part has fewer than `FEWEST` rows.
     """
+    fewest = min(len(part.values) for part in parts)
+    if fewest < FEWEST:
+        return [float("nan")] * 2
     total: Any = 0.0
     groups = list(dict.fromkeys(part.group for part in parts))
     for part in parts:
@@ -279,9 +285,6 @@ def interval(parts: Sequence[Part], resamples: int = RESAMPLES, seed: int = 0) -
         sums = draws.apply(lambda weights, both=both: weights @ both)
         with np.errstate(invalid="ignore", divide="ignore"):
             total = total + part.factor * sums[:, 0] / sums[:, 1]
-    fewest = min(len(part.values) for part in parts)
-    if fewest < 2:
-        return [float("nan")] * 2
     lo, hi = percentile_interval(total, documents=fewest)
     return [float(lo), float(hi)]
 

@@ -17,6 +17,7 @@ from palimpsest.artifacts import RunFolder, disk
 from palimpsest.log import progress
 from palimpsest.trackers import open_trackers
 from palimpsest.tune.adapter import LatentLayer, Seen
+from palimpsest.tune.choices import MOVED
 from palimpsest.tune.config import LogOptions
 from palimpsest.tune.entries import Entries, Log
 from palimpsest.tune.mover_table import Mover, MoverTable
@@ -141,8 +142,8 @@ class Movers(TrainerCallback):
         self._entries.write(step, _columns(rows))
 
     def moved(self) -> int:
-        """How many latents are no longer as they were."""
-        return len(self._moved())
+        """How many latents are no longer as they were, by more than `MOVED`."""
+        return sum(not abs(mover.value) <= MOVED for mover in self._moved())
 
     def _due(self, step: int, state: Any) -> bool:
         return step % self._options.log_every == 0 or step >= state.max_steps

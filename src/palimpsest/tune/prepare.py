@@ -13,13 +13,14 @@ from palimpsest.errors import ConfigError
 from palimpsest.log import log
 from palimpsest.models import LanguageModel, load_model
 from palimpsest.tune.adapter import LatentConfig
+from palimpsest.tune.choices import MOVED
 from palimpsest.tune.config import AdapterOptions, TuneConfig
 from palimpsest.tune.training import hushed
 
 LORA_RANK = 8
 """Of a LoRA, where none is given."""
 
-SMALLEST_MOVE = 1e-3
+TOO_LITTLE = 10 * MOVED
 """A run that can move no value by as much is warned about."""
 
 
@@ -37,12 +38,16 @@ def open_base(config: TuneConfig) -> LanguageModel:
 
 
 def check_options(config: TuneConfig) -> None:
-    """Refuse combinations that mean nothing, before anything is loaded.
+    """Refuse combinations that mean nothing, and a reward that cannot be imported, before anything is loaded.
 
     Raises:
         ConfigError: As said.
     """
     adapter, schedule = config.adapter, config.schedule
+    if config.objective.reward is not None:
+        from palimpsest.tune.objectives.rewards import load_reward
+
+        load_reward(config.objective.reward)
     if adapter.component not in ("lora", "vector"):
         return
     given = {
@@ -105,10 +110,11 @@ def attach(config: TuneConfig, language: LanguageModel) -> Any:
     made.base_model_name_or_path = config.model
     trained = parameters(model)
     log.info("%s: %s trainable parameters.", config.adapter.component, f"{trained:,}")
-    bound = config.lr * config.schedule.steps
-    if isinstance(made, LatentConfig) and bound < SMALLEST_MOVE:
+    # The learning rate falls linearly to 0.
+    bound = config.lr * config.schedule.steps / 2
+    if isinstance(made, LatentConfig) and bound < TOO_LITTLE:
         log.warning(
-            "|change| of a latent is at most about lr x steps = %.2g: nothing will move. Raise --lr or --steps.",
+            "|change| of a latent is at most about lr x steps / 2 = %.2g: nothing will move. Raise --lr or --steps.",
             bound,
         )
     return model

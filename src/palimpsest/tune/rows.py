@@ -1,6 +1,10 @@
 """What training data comes down to: token ids. Imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 IGNORED = -100
 """Label of a token that is not learned."""
@@ -62,6 +66,12 @@ class PromptRow:
     prompt: list[int]
     text: object
     columns: dict[str, object]
+
+
+def evenly(rows: Sequence[T], most: int) -> list[T]:
+    """At most so many rows, evenly spaced over all of them and in their order."""
+    n = min(most, len(rows))
+    return [rows[(2 * place + 1) * len(rows) // (2 * n)] for place in range(n)]
 
 
 Row = TextRow | PairRow | KtoRow | PromptRow

@@ -15,14 +15,15 @@ from palimpsest.models import LanguageModel, fingerprint
 from palimpsest.options import RUN_ONLY, config_dict
 from palimpsest.tune.adapter import LatentLayer
 from palimpsest.tune.config import TuneConfig
-from palimpsest.tune.data import TuneData, load_data
+from palimpsest.tune.data import PLAIN, TuneData, load_data
 from palimpsest.tune.measure import Yardstick
 from palimpsest.tune.movers import Movers
 from palimpsest.tune.objectives import make_trainer
 from palimpsest.tune.penalties import ADAPTER, layers_of
 from palimpsest.tune.prepare import attach, check_options, open_base, parameters
+from palimpsest.tune.rows import evenly
 from palimpsest.tune.summary import summarise
-from palimpsest.tune.training import hushed, newest_checkpoint, restore
+from palimpsest.tune.training import hushed, newest_checkpoint, restore, still
 
 STAGE = "tune"
 
@@ -120,7 +121,7 @@ def train(
         folder: Where checkpoints go.
         callbacks: Of transformers, added behind our own.
     """
-    with hushed():
+    with hushed(), still(model):
         trainer = make_trainer(config, model, tokenizer, data, folder)
         for one in callbacks:
             trainer.add_callback(one)
@@ -133,11 +134,14 @@ def train(
     seconds, fault = time.perf_counter() - started, trainer.guard.fault
     if fault is None:
         return Trained(trainer.state.global_step, seconds, None)
-    return Trained(fault - 1, seconds, f"the loss or its gradient was not finite at step {fault}")
+    return Trained(trainer.guard.steps, seconds, f"the loss or its gradient was not finite at step {fault}")
 
 
 def measure(config: TuneConfig, language: LanguageModel, data: TuneData) -> Yardstick:
-    """What held-out rows and general text are measured with; of each at most `eval_rows`."""
+    """What held-out rows and general text are measured with; of each at most `eval_rows`, evenly spaced.
+
+    Under a scope that plain text says nothing about, general text is left out.
+    """
     most = config.objective.eval_rows
     reward = None
     if config.objective.reward is not None:
@@ -147,9 +151,9 @@ def measure(config: TuneConfig, language: LanguageModel, data: TuneData) -> Yard
     return Yardstick(
         language,
         config.objective,
-        data.heldout[:most],
-        general=data.general[:most],
-        retain=data.retain_heldout[:most],
+        evenly(data.heldout, most),
+        general=evenly(data.general, most) if config.adapter.scope in PLAIN else [],
+        retain=evenly(data.retain_heldout, most),
         reward=reward,
         tokens_per_batch=config.models.tokens_per_batch,
     )
@@ -197,6 +201,7 @@ def _tune(
         "lm_eval": None
         if tasks is None
         else {"base": tasks, "tuned": _benchmark(config, language, model, base=False)},
+        "notes": data.notes,
     }
     _write(run, model, result)
     return result

@@ -111,7 +111,12 @@ class Scorer:
 
     @torch.inference_mode()
     def compare(
-        self, model: Any, rows: Sequence[TextRow], kept: dict[int, Tensor] | None = None
+        self,
+        model: Any,
+        rows: Sequence[TextRow],
+        kept: dict[int, Tensor] | None = None,
+        *,
+        plain: bool = False,
     ) -> Comparison:
         """Base and tuned model on the same rows.
 
@@ -119,16 +124,17 @@ class Scorer:
             model: A peft model; of a model without an adapter both sides are the same unless `kept` says otherwise.
             rows: Token ids and labels.
             kept: What the base's head read, by batch; filled up to `CACHE_BYTES` and used when it is there.
+            plain: The rows are text without an answer; the adapter's scope must be one that needs none.
         """
         sums = np.zeros((len(rows), 4))
         kept = {} if kept is None else kept
         with settled(model), progress("comparing on general text", len(rows), "rows") as advance:
             for number, batch in enumerate(batches(rows, self._tokens)):
-                tuned, head = self._read(model, batch, base=False)
+                tuned, head = self._read(model, batch, base=False, plain=plain)
                 if number in kept:
                     of_base = kept[number].to(tuned.device)
                 else:
-                    of_base, _ = self._read(model, batch, base=True)
+                    of_base, _ = self._read(model, batch, base=True, plain=plain)
                     _keep(kept, number, of_base)
                 found = predictions(head, of_base, [tuned], batch.targets)
                 columns = [found.ce, torch.ones_like(found.kl), found.kl]
@@ -138,13 +144,13 @@ class Scorer:
         return Comparison(Scores(sums[:, 0], count), Scores(sums[:, 1], count), sums[:, 3])
 
     def _read(
-        self, model: Any, batch: Batch, *, base: bool
+        self, model: Any, batch: Batch, *, base: bool, plain: bool = False
     ) -> tuple[Float[Tensor, "predictions d_head"], Head]:
         """What the head reads before each labelled token, and the head."""
         inner = inner_model(model)
         head = self._head._replace(module=inner.get_output_embeddings())
         off = model.disable_adapter() if base and hasattr(model, "disable_adapter") else nullcontext()
-        with off, answering(model, batch.answer), _head_input(head.module) as found:
+        with off, answering(model, None if plain else batch.answer), _head_input(head.module) as found:
             inner(input_ids=batch.ids.to(inner.get_input_embeddings().weight.device), use_cache=False)
         if not found:
             raise ConfigError(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -22,6 +23,12 @@ from palimpsest.tune.penalties import ADAPTER, keep_top, kept, layers_of, penalt
 COMPLETE = "complete"
 """Name of the file that a checkpoint gets last."""
 
+GOOD = "good.safetensors"
+"""What a checkpoint holds of the parameters before its last step."""
+
+READ = 25
+"""Steps after which a fault is noticed at the latest."""
+
 REFERENCE = "ref"
 """The adapter that trl adds to a peft model for its reference."""
 
@@ -31,8 +38,10 @@ _LOUD = ("transformers", "trl", "accelerate", "peft", "datasets")
 class Guard(TrainerCallback):
     """Keeps what is not finite out of the adapter, without waiting for the device.
 
-    From the first step on whose loss or gradient is not finite, nothing moves any more: the adapter stays as the last
-    good step left it, to the last bit. The fault is read when the log is written, and then training ends.
+    From the first step on whose loss or gradient is not finite, nothing moves any more: the adapter stays, to the last
+    bit, as it was when the last finite loss was computed. A loss that is not finite condemns the step before it, whose
+    parameters it was computed with; a gradient condemns its own step only. The fault is read when the log is written,
+    every `READ` steps at least, and then training ends.
 
     Args:
         parameters: What is trained.
@@ -41,10 +50,11 @@ class Guard(TrainerCallback):
 
     def __init__(self, parameters: list[nn.Parameter], config: TuneConfig) -> None:
         self._parameters, self._schedule = parameters, config.schedule
-        self._before = [torch.empty_like(one) for one in parameters]
+        self._before = [one.detach().clone() for one in parameters]
         device = parameters[0].device
         self._fine = torch.ones((), dtype=torch.bool, device=device)
         self._step = torch.zeros((), dtype=torch.long, device=device)
+        self._good = torch.zeros((), dtype=torch.long, device=device)
 
     def watch(self, loss: Tensor) -> None:
         """Take note of a loss."""
@@ -54,6 +64,24 @@ class Guard(TrainerCallback):
     def fault(self) -> int | None:
         """The first step that was not finite; waits for the device."""
         return None if bool(self._fine) else max(1, int(self._step))
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps whose effect is in the adapter after a fault; waits for the device."""
+        return int(self._good)
+
+    def save(self, folder: Path) -> None:
+        """Write what a fault right behind this checkpoint would bring back."""
+        made = {str(place): one.contiguous() for place, one in enumerate(self._before)}
+        save_file(made | {"steps": self._good}, folder / GOOD)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote."""
+        found = load_file(folder / GOOD)
+        self._good.copy_(found["steps"])
+        for place, before in enumerate(self._before):
+            before.copy_(found[str(place)])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave embeddings without gradients: recomputing without reentrance does not need them."""
@@ -69,13 +97,14 @@ class Guard(TrainerCallback):
 
     @torch.no_grad()
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the gradients, which are all there and clipped."""
-        del args, state, control, kwargs
+        """Keep the parameters if the loss was finite, then look at the gradients, all there and clipped."""
+        del args, control, kwargs
+        self._good.copy_(torch.where(self._fine, state.global_step, self._good))
+        for parameter, before in zip(self._parameters, self._before, strict=True):
+            before.copy_(torch.where(self._fine, parameter, before))
         gradients = [one.grad for one in self._parameters if one.grad is not None]
         if gradients:
             self._fine &= torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-        for parameter, before in zip(self._parameters, self._before, strict=True):
-            before.copy_(parameter)
         for gradient in gradients:
             gradient.masked_fill_(~self._fine, 0)
 
@@ -91,7 +120,8 @@ class Guard(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End training at an entry of the log, if need be."""
         del kwargs
-        if state.global_step % int(args.logging_steps) == 0 or state.global_step >= state.max_steps:
+        step = state.global_step
+        if step % int(args.logging_steps) == 0 or step % READ == 0 or step >= state.max_steps:
             control.should_training_stop = control.should_training_stop or self.fault is not None
 
 
@@ -122,7 +152,6 @@ class Tuning:
         if REFERENCE in getattr(self.model, "peft_config", {}):
             # The adapter is new: switched off, it is the base to the last bit, and needs no copy of itself.
             self.model.delete_adapter(REFERENCE)
-        still(self.model)
         self.remove_callback(PrinterCallback)
         self.guard = Guard([one for one in self.model.parameters() if one.requires_grad], self.tuning)
         self.add_callback(self.guard)
@@ -161,7 +190,13 @@ class Tuning:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         shutil.rmtree(folder, ignore_errors=True)
         super()._save_checkpoint(model, trial)  # pyright: ignore
+        self.guard.save(folder)
         (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: Any = None) -> None:
+        """The adapter, and what the guard would bring back."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)  # pyright: ignore
+        self.guard.load(Path(resume_from_checkpoint))
 
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
         """No card of trl's in checkpoints."""
@@ -180,13 +215,24 @@ def tuned_class(trainer: type) -> type:
     return type(f"Tuned{trainer.__name__}", (Tuning, trainer), {"__module__": __name__})
 
 
-def still(model: nn.Module) -> None:
-    """Turn dropout off: a reference that is the base must be the same twice, and a few numbers need no noise."""
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """No dropout inside the block.
+
+    A reference that is the base must be the same twice, and a few numbers need no noise.
+    """
+    found = []
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(module.__dict__.get("attention_dropout"), float):
-            module.__dict__["attention_dropout"] = 0.0
+        name = "p" if isinstance(module, nn.Dropout) else "attention_dropout"
+        if isinstance(before := module.__dict__.get(name), float):
+            found.append((module, name, before))
+    for module, name, _ in found:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, before in found:
+            setattr(module, name, before)
 
 
 def restore(trainer: Any) -> None:

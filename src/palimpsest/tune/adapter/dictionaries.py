@@ -39,7 +39,10 @@ def keep_in_memory(dictionary: Dictionary) -> str:
 
 
 def frozen_dictionary(
-    name: str, dtype: str | None, folder: Path | None, known: MutableMapping[tuple[str, str | None], Dictionary]
+    name: str,
+    dtype: str | None,
+    folder: Path | None,
+    known: MutableMapping[tuple[str, str | None], Dictionary],
 ) -> tuple[Dictionary, str]:
     """A dictionary whose weights are buffers that are never saved, and the hash of the weights as stored.
 

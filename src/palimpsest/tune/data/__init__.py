@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
+from itertools import islice
 from typing import Any
 
 from palimpsest.corpus import Corpus
@@ -14,11 +14,15 @@ from palimpsest.log import log
 from palimpsest.models import LanguageModel
 from palimpsest.tune.config import TuneConfig
 from palimpsest.tune.data.encode import Counts, RowEncoder
-from palimpsest.tune.data.records import read_records
-from palimpsest.tune.rows import IGNORED, Row, TextRow
+from palimpsest.tune.data.holdout import LEAST, hold_out_rows
+from palimpsest.tune.data.records import Records, read_records
+from palimpsest.tune.rows import IGNORED, Row, TextRow, evenly
 
-LEAST = 2
-"""Rows that are needed to train on, and to measure on."""
+GENERAL_ROWS = 20
+"""So many times `eval_rows` are read of each source of general text; those that are measured are spread over them."""
+
+PLAIN = ("all", "first")
+"""Scopes that need no prompt and answer to be told apart."""
 
 
 @dataclass
@@ -79,13 +83,19 @@ def load_data(config: TuneConfig, model: LanguageModel) -> TuneData:
     kind = KINDS[asked.objective]
     data.train = read("data", asked.data, kind)
     data.heldout = read("eval_data", asked.eval_data, kind)
-    data.retain, data.retain_heldout = _split(read("retain", asked.retain, "text"), asked.hold_out)
-    data.general = read("general", asked.general, "general", asked.eval_rows)
+    data.retain, data.retain_heldout = hold_out_rows(read("retain", asked.retain, "text"), asked.hold_out)
+    general = read("general", asked.general, "general", GENERAL_ROWS * asked.eval_rows)
+    data.general = evenly(general, asked.eval_rows)
     if not data.heldout:
-        data.train, data.heldout = _split(data.train, asked.hold_out)
+        data.train, data.heldout = hold_out_rows(data.train, asked.hold_out)
     _enough(config, data)
     if config.adapter.scope != "all":
         _need_prompts(config, data)
+    if data.general and config.adapter.scope not in PLAIN:
+        data.notes.append(
+            f"general: nothing is measured with --scope {config.adapter.scope}, because plain text does not say which "
+            "of its tokens are prompt and which are answer"
+        )
     return data
 
 
@@ -116,8 +126,7 @@ def _read(
         encoder, "text" if kind == "general" else kind
     )
     rows: list[Row] = []
-    most = min((n for n in (most, options.max_documents) if n is not None), default=None)
-    for origin, record in read_records(sources, encoder.fields, options.split):
+    for origin, record in _records(sources, encoder, options.split, most):
         encoder.counts.rows += 1
         try:
             if isinstance(record, BadRecord):
@@ -133,9 +142,15 @@ def _read(
             continue
         if row is not None:
             rows.append(row)
-        if len(rows) == most:
+        if len(rows) == options.max_documents:
             break
     return rows, encoder.counts
+
+
+def _records(sources: tuple[str, ...], encoder: RowEncoder, split: str, most: int | None) -> Records:
+    """The first `most` of each source, or all."""
+    for source in sources:
+        yield from islice(read_records([source], encoder.fields, split), most)
 
 
 def _notes(counts: Counts, kind: str, limit: int) -> list[str]:
@@ -151,18 +166,9 @@ def _notes(counts: Counts, kind: str, limit: int) -> list[str]:
     return [text for text, count in said.items() if count]
 
 
-def _split(rows: list[Any], share: float) -> tuple[list[Any], list[Any]]:
-    """Rows to train on, and an evenly spaced share that is held out: two at least, half of them at most."""
-    wanted = Fraction(max(share, LEAST / max(1, len(rows)))).limit_denominator(10**6)
-    part = min(wanted, Fraction(1, 2))
-    held = [int((place + 1) * part) > int(place * part) for place in range(len(rows))]
-    return (
-        [row for row, out in zip(rows, held, strict=True) if not out],
-        [row for row, out in zip(rows, held, strict=True) if out],
-    )
-
-
 def _enough(config: TuneConfig, data: TuneData) -> None:
+    if config.objective.objective == "kto" and len({row.label for row in data.train}) < 2:
+        raise CorpusError("All verdicts are the same", expected="rows with label true and with label false")
     parts = [
         ("to train on", data.train, "--data"),
         ("held out", data.heldout, "--eval-data" if config.objective.eval_data else "--data"),
@@ -178,10 +184,8 @@ def _enough(config: TuneConfig, data: TuneData) -> None:
                 f"There are too few rows {what}",
                 expected=f"at least {LEAST}",
                 found="; ".join([str(len(rows)), *data.notes]),
-                fix=f"Give {option} with more rows",
+                fix=f"Give {option} with more rows; those with one prompt are never split",
             )
-    if config.objective.objective == "kto" and len({row.label for row in data.train}) < 2:
-        raise CorpusError("All verdicts are the same", expected="rows with label true and with label false")
 
 
 def _need_prompts(config: TuneConfig, data: TuneData) -> None:
@@ -195,4 +199,4 @@ def _need_prompts(config: TuneConfig, data: TuneData) -> None:
             )
 
 
-__all__ = ["KINDS", "RowEncoder", "TuneData", "load_data"]
+__all__ = ["KINDS", "PLAIN", "RowEncoder", "TuneData", "hold_out_rows", "load_data"]

@@ -14,6 +14,12 @@ from palimpsest.errors import CorpusError
 from palimpsest.options import CorpusOptions
 from palimpsest.tune.rows import IGNORED, KtoRow, PairRow, PromptRow, TextRow
 
+TAKEN = (
+    *("prompt", "prompts", "completion", "completions", "completion_ids"),
+    *("trainer_state", "log_extra", "log_metric", "environments"),
+)
+"""Columns that a reward function is not given, because trl calls it with arguments of these names."""
+
 Text = str | list[Mapping[str, Any]]
 
 
@@ -134,7 +140,7 @@ class RowEncoder:
         if len(ids) + self.room > self.limit:
             self.counts.long += 1
             return None
-        return PromptRow(ids, text, {k: v for k, v in record.items() if k not in ("prompt", "completion")})
+        return PromptRow(ids, text, {k: v for k, v in record.items() if k not in TAKEN})
 
     def _answers(
         self, origin: str, record: Mapping[str, Any], names: tuple[str, ...]

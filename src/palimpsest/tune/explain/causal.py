@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy.typing import NDArray
 
 from palimpsest.log import progress
@@ -32,7 +32,7 @@ class Orders:
     Attributes:
         effect: By activation-weighted effect, of the half that chooses.
         magnitude: By |value|.
-        random: Several orders of the latents that fire, the others behind them.
+        random: Several orders of the latents with an effect, the others behind them.
         active: Latents with an effect.
     """
 
@@ -46,7 +46,6 @@ class Orders:
         cls,
         latents: Latents,
         effect: Float[NDArray, " latents"],
-        firing: Bool[NDArray, " latents"],
         seeds: int,
         seed: int,
     ) -> Orders:
@@ -55,7 +54,7 @@ class Orders:
         return cls(
             strongest_first(effect, size * latents.norms),
             strongest_first(size),
-            list(random_orders((firing | (effect > 0)) & latents.editable, seeds, seed)),
+            list(random_orders((effect > 0) & latents.editable, seeds, seed)),
             int((effect > 0).sum()),
         )
 
@@ -107,16 +106,18 @@ class Needed:
 
 
 def needed(probe: Probe, orders: Orders, sizes: list[int], keep: float) -> Needed:
-    """Choose the sizes on the documents of a probe.
+    """Choose the sizes on the documents of a probe: the lower end of a share's interval must reach what is asked for.
 
-    An order stops being tried where it needs all latents: that much is known.
+    The share itself would be too large for the number that was chosen by it, and too small on other documents.
     """
     with progress("looking for the fewest latents", None, "runs") as advance:
 
         def count(order: NDArray) -> int | None:
             def share(n: int) -> float:
                 advance()
-                return probe.effect.point(probe.first(order, n))
+                losses = probe.first(order, n)
+                found = probe.effect.share(losses)
+                return probe.effect.point(losses) if found is None else found[1][0]
 
             return smallest(share, sizes, keep)
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from palimpsest.artifacts import RunFolder, check_claim, open_artifact
 from palimpsest.options import config_dict
+from palimpsest.tune.choices import SIGNED
 from palimpsest.tune.explain.compare_text import page
 from palimpsest.tune.explain.controls import Read, agree, read_adapter
 from palimpsest.tune.explain.labels import find_labels
@@ -83,17 +84,23 @@ def read_comparison(path: str | Path) -> AdapterComparison:
 
 
 def moved_classes(
-    values: tuple[NDArray, NDArray], effects: tuple[NDArray, NDArray], strong: float, weak: float
+    values: tuple[NDArray, NDArray],
+    effects: tuple[NDArray, NDArray],
+    strong: float,
+    weak: float,
+    *,
+    signed: bool = True,
 ) -> dict[str, Bool[NDArray, " latents"]]:
     """Latents that moved in one adapter, in the other, in both, or in opposite directions.
 
     Each is judged by its own adapter's distribution: it moved if it is among the fewest latents that hold `strong` of
-    the effect, and did not if it is outside the fewest that hold `weak`. What lies between is in no class.
+    the effect, and did not if it is outside the fewest that hold `weak`. What lies between is in no class. Values that
+    are lengths of rows (not `signed`) have no direction: then none is opposite.
     """
     moved = [_among(effect, strong) for effect in effects]
     still = [~_among(effect, weak) for effect in effects]
     both = moved[0] & moved[1]
-    same = np.sign(values[0]) == np.sign(values[1])
+    same = (np.sign(values[0]) == np.sign(values[1])) | (not signed)
     return {
         "only_a": moved[0] & still[1],
         "only_b": moved[1] & still[0],
@@ -116,7 +123,8 @@ def _compare(config: ExplainCompareConfig, reads: tuple[Read, Read]) -> AdapterC
     a, b = reads
     values, effects = (a.latents.values, b.latents.values), (a.effect(), b.effect())
     shares = _shares(effects[0]), _shares(effects[1])
-    classes = moved_classes(values, effects, float(config.strong), float(config.weak))
+    signed = all(one.subject.config.component in SIGNED for one in reads)
+    classes = moved_classes(values, effects, float(config.strong), float(config.weak), signed=signed)
     strength = np.maximum(*shares)
     listed = {}
     for name, inside in classes.items():

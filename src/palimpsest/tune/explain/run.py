@@ -10,7 +10,7 @@ from typing import Any
 from palimpsest.artifacts import RunFolder, check_claim, input_entry, open_artifact
 from palimpsest.corpus.rows import parse_source
 from palimpsest.errors import ConfigError
-from palimpsest.options import CorpusOptions, config_dict
+from palimpsest.options import CorpusOptions, config_dict, parse_assignment
 from palimpsest.tune.choices import PREFERENCES
 from palimpsest.tune.config import ObjectiveOptions
 from palimpsest.tune.explain.causal import Needed, Orders, curves, needed, numbers
@@ -51,6 +51,7 @@ def run_explain(config: ExplainConfig) -> Explanation:
     for source in config.causal.pairs:
         parse_source(source)
     find_labels((), config.labels.labels, offline=True)
+    _check_controls(config)
     subject = load_subject(config.adapter, config.model, config.models)
     texts = read_texts(
         config.read,
@@ -135,7 +136,7 @@ def _explain(
         controls=controls,
         confidence=float(config.causal.confidence),
         seed=config.run.seed,
-        notes=_notes(subject, objective[1], held, pruned),
+        notes=_notes(subject, objective[1], held, pruned, _files(config)),
     )
 
 
@@ -150,7 +151,7 @@ def _causes(
     """Curves on the documents that report, and the pruned adapter that the others choose."""
     chooses, reports = probes
     latents = subject.latents
-    ordered = Orders.of(latents, read.effect(0), read.firing(0), options.random_orders, seed)
+    ordered = Orders.of(latents, read.effect(0), options.random_orders, seed)
     sizes = numbers(latents, ordered.active, options.points)
     points = curves(reports, ordered, sizes)
     same = chooses.effect.difference * reports.effect.difference > 0
@@ -158,6 +159,20 @@ def _causes(
         return points, None
     found: Needed = needed(chooses, ordered, sizes, float(options.keep))
     return points, prune(subject, reports, ordered, found, float(options.keep), run)
+
+
+def _files(config: ExplainConfig) -> list[Path]:
+    """Local files that figures are made from, beside general text."""
+    named = [parse_assignment(one)[1] for one in config.read.corpus]
+    return [Path(one) for one in (*named, *config.causal.pairs) if Path(one).is_file()]
+
+
+def _check_controls(config: ExplainConfig) -> None:
+    named = [config.controls.twin, config.controls.other, config.controls.shuffled]
+    if any(one is not None and Path(one).resolve() == Path(config.adapter).resolve() for one in named):
+        raise ConfigError(
+            "An adapter is no control of itself", expected="--twin, --other and --shuffled: other adapters"
+        )
 
 
 def _objective(probes: Sequence[Probe], options: ObjectiveOptions) -> Objective:
@@ -189,14 +204,18 @@ def objective_rows(
     """
     trained, most = subject.objective, max(2, options.eval_rows // 2)
     sources = options.pairs
-    if not sources and trained is not None and trained.objective in PREFERENCES:
-        sources = tuple(one for one in trained.eval_data if Path(one).exists())
+    held_out = None
+    if not sources and trained is not None and trained.pairs:
+        given = trained.eval_data or trained.data
+        sources = tuple(one for one in given if Path(one).exists())
+        # The rows that training held out of its own data are found again.
+        held_out = None if trained.eval_data else float(trained.hold_out)
     if sources:
         name: Any = trained.objective if trained is not None and trained.objective in PREFERENCES else "dpo"
         beta = options.beta if options.beta is not None else None if trained is None else trained.beta
         context = subject.language.context
         pairs: tuple[list[PairRow], list[PairRow]] = read_pairs(
-            sources, subject.language.tokenizer, corpora, context, most
+            sources, subject.language.tokenizer, corpora, context, most, held_out
         )
         return pairs, ObjectiveOptions(objective=name, data=sources, beta=beta)
     if options.beta is not None:
@@ -247,9 +266,14 @@ def _entry(path: str) -> dict[str, Any]:
     return input_entry(path) if Path(path).exists() else {"path": path, "sha256": None}
 
 
-def _notes(subject: Subject, options: ObjectiveOptions, held: Objective, pruned: Pruned | None) -> list[str]:
+def _notes(
+    subject: Subject, options: ObjectiveOptions, held: Objective, pruned: Pruned | None, texts: Sequence[Path]
+) -> list[str]:
     trained = subject.objective
-    notes = []
+    notes = [
+        f"{source} is what the adapter was trained on: what is said of it is not held out."
+        for source in subject.seen(texts)
+    ]
     if trained is not None and trained.objective != options.objective:
         notes.append(
             f"The adapter was trained for {trained.objective}; its latents are judged by {UNITS[options.objective]}"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from palimpsest.artifacts import open_artifact
+from palimpsest.artifacts import input_entry, open_artifact
 from palimpsest.errors import ArtifactError, ConfigError, DictionaryError, PairError, PalimpsestError
 from palimpsest.models import LanguageModel, fingerprint, load_model
 from palimpsest.models.adapters import adapter_config, attach_adapter, check_adapter
@@ -66,6 +66,17 @@ class Subject:
                 )
             )
         return found
+
+    def seen(self, files: Sequence[Path]) -> list[Path]:
+        """Those of the files whose content the adapter was trained on, by hash."""
+        try:
+            inputs = open_artifact(self.path, stage="tune", verify=False, allow_running=True).manifest[
+                "inputs"
+            ]
+        except (ArtifactError, KeyError):
+            return []
+        known = {one.get("sha256") for name, one in inputs.items() if name == "data"}
+        return [one for one in files if input_entry(one)["sha256"] in known]
 
 
 def load_subject(path: str, model: str | None, options: ModelOptions) -> Subject:

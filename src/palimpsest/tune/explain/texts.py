@@ -18,6 +18,7 @@ from palimpsest.corpus.rows import parse_source
 from palimpsest.errors import ConfigError, CorpusError
 from palimpsest.log import log
 from palimpsest.options import CorpusOptions, check_names, parse_assignment
+from palimpsest.tune.data import hold_out_rows
 from palimpsest.tune.data.encode import RowEncoder
 from palimpsest.tune.data.records import read_records
 from palimpsest.tune.explain_config import ReadOptions
@@ -167,15 +168,25 @@ def _text(wanted: tuple[str, str, list[str]], reader: _Reader, tokens: int) -> T
 
 
 def read_pairs(
-    sources: Sequence[str], tokenizer: Any, options: CorpusOptions, context: int | None, most: int
+    sources: Sequence[str],
+    tokenizer: Any,
+    options: CorpusOptions,
+    context: int | None,
+    most: int,
+    held_out: float | None = None,
 ) -> tuple[list[PairRow], list[PairRow]]:
     """Preference pairs of the half that chooses and of the half that reports, at most `most` in each.
+
+    With `held_out`, only the rows that a training run with this share holds out of the same data.
 
     Raises:
         CorpusError: They cannot be read, or are too few for two halves.
     """
     reader = _Reader(tokenizer, _fitting(options, context), False)
-    rows = list(islice(reader.pairs(sources), 2 * most))
+    found = reader.pairs(sources)
+    rows = list(found) if held_out is not None else list(islice(found, 2 * most))
+    if held_out is not None:
+        rows = hold_out_rows(rows, held_out)[1]
     groups = split_groups([[*row.prompt, *row.chosen, -1, *row.rejected] for row in rows])
     _enough("The data of pairs", groups)
     halves = [

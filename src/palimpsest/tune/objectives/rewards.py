@@ -65,12 +65,12 @@ def load_reward(name: str) -> Reward:
     """The function of `module:function`; it is called with those of its arguments that it takes.
 
     Raises:
-        ConfigError: It cannot be imported, is no function, or does not give one number for each completion.
+        ConfigError: It cannot be imported, is no function, raises, or does not give one number for each completion.
     """
     module, _, attribute = name.partition(":")
     try:
         function: Any = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"The reward {name} cannot be imported",
             expected="module:function, on Python's path (PYTHONPATH)",
@@ -84,7 +84,12 @@ def load_reward(name: str) -> Reward:
 
     def reward(prompts: Sequence[Any], completions: Sequence[Any], **more: Any) -> list[float | None]:
         given = {"prompts": prompts, "completions": completions, **more}
-        numbers = call(**{key: value for key, value in given.items() if whole or key in taken})
+        try:
+            numbers = call(**{key: value for key, value in given.items() if whole or key in taken})
+        except Exception as error:
+            raise ConfigError(
+                f"The reward {name} failed", found=f"{type(error).__name__}: {error}"
+            ) from error
         try:
             made = [None if one is None else float(one) for one in numbers]
         except (TypeError, ValueError) as error:
