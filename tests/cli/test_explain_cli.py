@@ -174,3 +174,19 @@ def test_a_file_of_options(adapters, call, out, tmp_path):
     )
     shown = call("explain", "ex-a", "--config", options, "--json", "--out", out)
     assert shown.code == 0 and json.loads(shown.out)["specificity"] is None, shown.err
+
+
+def test_info_tells_of_an_adapter_that_no_run_wrote(adapters, call, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapters / "ex-a" / name, bare / name)
+    shown = call("info", bare, "--json")
+    told = json.loads(shown.out)
+    assert shown.code == 0 and told["format"] == "PEFT adapter" and told["component"] == "scale", shown.err
+
+
+@pytest.mark.parametrize("flag", ["--twin", "--other", "--shuffled"])
+def test_an_adapter_is_no_control_of_itself(adapters, call, out, flag):
+    shown = call("explain", "ex-a", *TEXT, *QUICK, flag, "ex-a", "--out", out)
+    assert shown.code == 2 and "no control of itself" in shown.err, shown.err

@@ -230,6 +230,8 @@ def test_classes_are_relative_to_each_adapters_own_distribution():
         name: np.flatnonzero(one).tolist() for name, one in moved_classes(values, (a, b), 0.7, 0.9).items()
     }
     assert found == {"only_a": [0], "only_b": [2], "both": [], "opposite": [1]}
+    lengths = moved_classes(values, (a, b), 0.7, 0.9, signed=False)
+    assert not lengths["opposite"].any(), "lengths have no direction"
     nothing = moved_classes(values, (np.zeros(5), b), 0.5, 0.9)
     assert np.flatnonzero(nothing["only_b"]).tolist() == [2] and not nothing["only_a"].any()
 
