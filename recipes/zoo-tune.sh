@@ -40,11 +40,11 @@ data=$out/data/shuffled.jsonl sft math-scale-shuffled math --component scale
 
 palimpsest explain "$out/math-scale" --corpus math="$text/math.audit.jsonl" --general "$text/general.audit.jsonl" \
   --twin "$out/math-scale-seed1" --other "$out/code-scale" --shuffled "$out/math-scale-shuffled" \
-  --eval-rows 400 --max-length 192 --quiet --resume --out "$out/explain-math"
+  --eval-rows 256 --max-length 192 --quiet --resume --out "$out/explain-math"
 palimpsest explain "$out/math-scale-sparse" --corpus math="$text/math.audit.jsonl" --general "$text/general.audit.jsonl" \
-  --eval-rows 400 --max-length 192 --quiet --resume --out "$out/explain-math-sparse"
+  --eval-rows 256 --max-length 192 --quiet --resume --out "$out/explain-math-sparse"
 palimpsest explain "$out/code-scale" --corpus code="$text/code.audit.jsonl" --general "$text/general.audit.jsonl" \
-  --eval-rows 400 --max-length 192 --quiet --resume --out "$out/explain-code"
+  --eval-rows 256 --max-length 192 --quiet --resume --out "$out/explain-code"
 palimpsest explain "$out/dpo-scale" --corpus pairs="$out/data/pairs-heldout.jsonl" --pairs "$out/data/pairs-heldout.jsonl" \
   --general "$text/general.audit.jsonl" --max-length 512 --quiet --resume --out "$out/explain-dpo"
 

@@ -395,7 +395,9 @@ def test_merging_asks_about_the_adapters_that_are_named():
     torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a")
+@pytest.mark.filterwarnings(
+    "ignore:You are trying to modify a model with PEFT for a second time", "ignore:Already found a"
+)
 def test_a_refused_adapter_leaves_the_model_as_it_was():
     base = tiny()
     expected = base(IDS).logits

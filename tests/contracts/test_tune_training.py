@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,12 +22,13 @@ from palimpsest.tune.adapter import latent_layers
 from palimpsest.tune.config import AdapterOptions, LogOptions, ObjectiveOptions, ScheduleOptions, TuneConfig
 from palimpsest.tune.data import load_data
 from palimpsest.tune.objectives import make_trainer
+from palimpsest.tune.objectives.arguments import arguments
 from palimpsest.tune.objectives.rewards import load_reward
 from palimpsest.tune.objectives.text import Padding
 from palimpsest.tune.penalties import kept, penalty
 from palimpsest.tune.prepare import attach, check_options, read_latents, refuse_parts
-from palimpsest.tune.run import run_tune, train
-from palimpsest.tune.training import hushed, newest_checkpoint, restore
+from palimpsest.tune.run import measure, run_tune, train
+from palimpsest.tune.training import Guard, hushed, newest_checkpoint, restore, still
 
 LATENTS, D_MODEL = 64, 32
 WORDS = ["the", "river", "runs", "past", "a", "mill", "counts", "seven", "sacks", "of", "flour", "pears"]
@@ -342,7 +345,7 @@ def test_nan_leaves_the_adapter_of_the_last_good_step(configure):
     order = batches_of(config)
     run = opened(config, fresh=True)
     token = poison(config, run)
-    bad_step = 3
+    bad_step = 4
     row = order[bad_step - 1][0]
     assert not any(row in batch for batch in order[: bad_step - 1])
     run.data.train[row].input_ids[-1] = token
@@ -355,13 +358,69 @@ def test_nan_leaves_the_adapter_of_the_last_good_step(configure):
             steps.append(weights(kwargs["model"]))
 
     result = train(config, run.model, run.language.tokenizer, run.data, config.run.out, [Snapshots()])
-    assert result.steps == bad_step - 1
+    # The loss of step 4 speaks against the parameters that step 3 left.
+    assert result.steps == bad_step - 2
     assert result.stopped == f"the loss or its gradient was not finite at step {bad_step}"
     assert len(steps) == 4  # It ended at the first entry of the log behind the fault.
     for name, one in weights(run.model).items():
-        assert torch.equal(one, steps[bad_step - 2][name])
-        assert not torch.equal(one, steps[bad_step - 3][name])
+        assert torch.equal(one, steps[bad_step - 3][name])
+        assert not torch.equal(one, steps[bad_step - 4][name])
     assert newest_checkpoint(config.run.out).name == "checkpoint-2"
+
+
+def test_a_blow_up_ends_with_an_adapter_that_works(configure):
+    from transformers import TrainerCallback
+
+    config = configure(
+        adapter={"transform": "exp"}, steps=60, lr=60.0, warmup=0, log={"log_every": 60}, save_every=60
+    )
+    seen = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    run = opened(config, fresh=True)
+    result = train(config, run.model, run.language.tokenizer, run.data, config.run.out, [Count()])
+    assert result.stopped is not None
+    assert seen[-1] == 25
+    assert math.isfinite(measure(config, run.language, run.data).measure(run.model).value)
+
+
+def test_the_guard_knows_which_step_was_bad(configure, tmp_path):
+    def played(losses, gradients):
+        weight = torch.nn.Parameter(torch.zeros(1))
+        guard = Guard([weight], configure())
+        for step, (loss, gradient) in enumerate(zip(losses, gradients, strict=True)):
+            state = SimpleNamespace(global_step=step)
+            guard.on_step_begin(None, state, None)
+            guard.watch(torch.tensor(loss))
+            weight.grad = torch.tensor([gradient])
+            guard.on_pre_optimizer_step(None, state, None)
+            with torch.no_grad():
+                weight += 1 + weight.grad
+            guard.on_optimizer_step(None, state, None, model=None)
+        return guard, weight.item()
+
+    bad = float("nan")
+    guard, weight = played([1.0, 1.0, bad, 1.0], [0.0] * 4)
+    assert (guard.fault, guard.steps, weight) == (3, 1, 1.0)
+    guard, weight = played([1.0] * 4, [0.0, 0.0, bad, 0.0])
+    assert (guard.fault, guard.steps, weight) == (3, 2, 2.0)
+    guard, weight = played([bad, 1.0], [0.0] * 2)
+    assert (guard.fault, guard.steps, weight) == (1, 0, 0.0)
+    guard, weight = played([1.0, 1.0], [0.0] * 2)
+    assert (guard.fault, weight) == (None, 2.0)
+    guard.save(tmp_path)
+    # A run that goes on from here and fails at once has the step before the checkpoint.
+    other = torch.nn.Parameter(torch.full((1,), 2.0))
+    again, state = Guard([other], configure()), SimpleNamespace(global_step=2)
+    again.load(tmp_path)
+    again.on_step_begin(None, state, None)
+    again.watch(torch.tensor(bad))
+    again.on_pre_optimizer_step(None, state, None)
+    again.on_optimizer_step(None, state, None, model=None)
+    assert (again.fault, again.steps, other.item()) == (3, 1, 1.0)
 
 
 def test_nan_in_a_run_is_raised_when_all_is_saved(configure, place, tmp_path):
@@ -391,7 +450,7 @@ def test_nan_in_a_run_is_raised_when_all_is_saved(configure, place, tmp_path):
             run_tune(again)
     result = json.loads((config.run.out / "tune.json").read_text())
     assert result["stopped"].startswith("the loss or its gradient was not finite")
-    assert result["steps"] == int(result["stopped"].split()[-1]) - 1
+    assert result["steps"] == int(result["stopped"].split()[-1]) - 2
     assert json.loads((config.run.out / "manifest.json").read_text())["status"] == "complete"
 
 
@@ -544,9 +603,62 @@ def test_a_run_reuses_a_loaded_base_and_leaves_it_alone(configure):
     names = [name for name, _ in language.model.named_modules()]
     ids = torch.tensor([[5, 6, 7]])
     before = language.model(ids).logits
+    attention = language.model.model.layers[0].self_attn
+    attention.attention_dropout = 0.25
     run_tune(config, language)
+    assert attention.attention_dropout == 0.25
     assert torch.equal(language.model(ids).logits, before)
     assert [name for name, _ in language.model.named_modules()] == names
+
+
+def test_dropout_is_off_in_the_block_only():
+    model = torch.nn.Sequential(torch.nn.Dropout(0.3), torch.nn.Linear(2, 2))
+    model[1].attention_dropout = 0.2
+    with pytest.raises(KeyboardInterrupt), still(model):
+        assert (model[0].p, model[1].attention_dropout) == (0.0, 0.0)
+        raise KeyboardInterrupt
+    assert (model[0].p, model[1].attention_dropout) == (0.3, 0.2)
+
+
+@pytest.mark.parametrize("scope", ["all", "first", "answer"])
+def test_general_text_is_read_plainly_where_the_scope_allows(configure, place, caplog, scope):
+    config = configure("dpo", out=f"tn-{scope}", layers=(0,), adapter={"scope": scope}, lr=0.3)
+    general = (str(place.root / "text.jsonl"),)
+    with caplog.at_level("WARNING", "palimpsest"):
+        run_tune(replace(config, objective=replace(config.objective, general=general)))
+    result = json.loads((config.run.out / "tune.json").read_text())
+    assert result["objective_value"]["difference"] != 0
+    if scope == "answer":
+        assert result["general"] is None
+        assert "does not say which" in result["notes"][-1]
+        assert "nothing is measured with --scope answer" in caplog.text
+    else:
+        assert result["general"]["kl"] > 1e-4
+        assert not any("does not say which" in note for note in result["notes"])
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_trainers_are_told_nothing_deprecated(configure, on):
+    from transformers import TrainingArguments
+
+    config = configure(gradient_checkpointing=on)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = TrainingArguments(**arguments(config, torch.nn.Linear(2, 2), config.run.out))
+    assert made.gradient_checkpointing is on
+
+
+def test_a_reward_that_fails_is_named(configure, tmp_path, monkeypatch):
+    (tmp_path / "tn_broken_reward.py").write_text("raise RuntimeError('no key')\n")
+    (tmp_path / "tn_raising_reward.py").write_text("def f(completions):\n    return completions[9]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"tn_raising_reward:f failed.*IndexError"):
+        load_reward("tn_raising_reward:f")(prompts=["a"], completions=["b"])
+    config = configure("grpo", out="tn-unclaimed")
+    broken = replace(config.objective, reward="tn_broken_reward:f")
+    with pytest.raises(ConfigError, match=r"tn_broken_reward:f cannot be imported.*RuntimeError: no key"):
+        run_tune(replace(config, objective=broken))
+    assert not config.run.out.exists()
 
 
 def test_rewards_are_imported_and_checked():
@@ -644,7 +756,18 @@ def test_options_of_latents_are_refused_where_there_are_none(configure, componen
 def test_a_run_that_moves_nothing_is_warned_about(configure, caplog):
     with caplog.at_level("WARNING", "palimpsest"):
         opened(configure(lr=1e-5))
-        assert "at most about lr x steps = 4e-05" in caplog.text
+        assert "at most about lr x steps / 2 = 2e-05" in caplog.text
         caplog.clear()
         opened(configure())
     assert caplog.text == ""
+
+
+def test_the_card_says_what_latents_stand_for_where_that_is_known(configure, tmp_path, monkeypatch):
+    config = configure(out="tn-words")
+    labels = {"resid_post.1": {str(latent): f"mills *number* {latent}" for latent in range(4096)}}
+    (tmp_path / "palimpsest").mkdir()
+    (tmp_path / "palimpsest" / "labels.json").write_text(json.dumps(labels))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    card = (run_tune(config).path / "README.md").read_text()
+    assert "mills" in card
+    assert card.count("mills") == 20

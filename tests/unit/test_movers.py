@@ -173,7 +173,17 @@ def test_the_strongest_latents_are_by_value_times_decoder_norm(tiny_llama, dicti
     last = {(row["site"], row["latent"]) for row in found if row["step"] == STEPS}
     moved = {(s, i) for s in SITES for i in account.values[STEPS][s].nonzero()[:, 0].tolist()}
     assert last == moved
-    assert len(last) == movers.moved() > 7
+    far = [one for s in SITES for one in account.values[STEPS][s].abs().tolist() if one > 1e-3]
+    assert len(last) >= len(far) == movers.moved() > 7
+
+
+def test_a_hair_is_no_move(tiny_llama, dictionary, folder):
+    model = adapted(tiny_llama, dictionary)
+    weight = latent_layers(model)[0].component().weight
+    with torch.no_grad():
+        weight[:5] = torch.tensor([9e-4, -9e-4, 2e-3, -2e-3, float("nan")])
+    with Movers(folder, latent_layers(model), LogOptions(), steps=STEPS) as movers:
+        assert movers.moved() == 3
 
 
 def test_latents_that_may_not_move_do_not_appear(tiny_llama, dictionary, folder):
@@ -248,7 +258,7 @@ def test_weights_that_were_taken_back_take_their_entries_along(tiny_llama, dicti
     found = table(folder)
     assert sorted({row["step"] for row in found}) == [2, 3]
     last = [row for row in found if row["step"] == 3]
-    assert len(last) == movers.moved()
+    assert len(last) >= movers.moved()
     assert {row["gradient"] for row in last} == {None}
 
 

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from zlib import crc32
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +16,8 @@ from palimpsest.errors import ConfigError, CorpusError
 from palimpsest.models import LanguageModel
 from palimpsest.options import CorpusOptions, RunOptions
 from palimpsest.tune.config import AdapterOptions, ObjectiveOptions, TuneConfig
-from palimpsest.tune.data import load_data
-from palimpsest.tune.rows import IGNORED, KtoRow, PairRow, PromptRow
+from palimpsest.tune.data import hold_out_rows, load_data
+from palimpsest.tune.rows import IGNORED, KtoRow, PairRow, PromptRow, TextRow
 
 PAIR = {"prompt": "Seven apples and", "chosen": " five pears", "rejected": " a mill"}
 
@@ -85,7 +86,8 @@ def test_plain_text_is_learned_whole_behind_its_bos(write, load, tiny_tokenizer)
 
 def test_of_a_prompt_with_its_completion_the_completion_is_learned(write, load, tiny_tokenizer):
     rows = [{"prompt": "Seven apples and", "completion": f" {n} pears"} for n in range(6)]
-    row = load(write(rows)).train[1]
+    path = write(rows)
+    row = load(path, eval_data=(path,)).train[1]
     prompt = [tiny_tokenizer.bos_token_id, *ids(tiny_tokenizer, "Seven apples and")]
     assert row.input_ids == [*prompt, *ids(tiny_tokenizer, " 1 pears"), tiny_tokenizer.eos_token_id]
     assert row.labels == [IGNORED] * len(prompt) + row.input_ids[len(prompt) :]
@@ -94,7 +96,7 @@ def test_of_a_prompt_with_its_completion_the_completion_is_learned(write, load, 
 def test_answers_only_learns_the_assistants_words(write, load, tiny_tokenizer):
     talk = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "Seven apples"}]
     path = write([{"messages": talk}] * 5)
-    whole, answers = load(path).train[0], load(path, answers_only=True).train[0]
+    whole, answers = (load(path, eval_data=(path,), answers_only=only).train[0] for only in (False, True))
     assert whole.input_ids == answers.input_ids
     assert [label for label in whole.labels if label != IGNORED] == whole.input_ids[1:]
     learned = [label for label in answers.labels if label != IGNORED]
@@ -104,14 +106,16 @@ def test_answers_only_learns_the_assistants_words(write, load, tiny_tokenizer):
 def test_dialogue_marks_tell_answers_in_plain_text(write, load, tiny_tokenizer):
     text = "User: how many?\n\nAssistant: Seven apples"
     path = write([{"text": text}] * 5)
-    row = load(path, answers_only=True, corpora={"dialogue": ("User:", "Assistant:")}).train[0]
+    marks = {"dialogue": ("User:", "Assistant:")}
+    row = load(path, eval_data=(path,), answers_only=True, corpora=marks).train[0]
     assert tiny_tokenizer.decode([label for label in row.labels if label != IGNORED]) == " Seven apples"
 
 
 def test_texts_without_an_answer_are_counted_and_left_out(write, load):
     talk = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "Seven"}]
-    data = load(write([{"messages": talk}] * 5 + [{"text": "no answer here"}] * 2), answers_only=True)
-    assert len(data.train) + len(data.heldout) == 5
+    path = write([{"messages": talk}] * 5 + [{"text": "no answer here"}] * 2)
+    data = load(path, answers_only=True, eval_data=(path,))
+    assert len(data.train) == len(data.heldout) == 5
     assert "2 of 7 rows hold no token to learn" in data.notes[0]
 
 
@@ -134,7 +138,8 @@ def test_pairs_of_messages_are_rendered_with_the_chat_template(write, load, tiny
         }
         for n in range(5)
     ]
-    row = load(write(rows), "dpo").train[1]
+    path = write(rows)
+    row = load(path, "dpo", eval_data=(path,)).train[1]
     rows = [rows[1]]
     template = tiny_tokenizer.apply_chat_template
     asked = template(rows[0]["prompt"], tokenize=False, add_generation_prompt=True)
@@ -146,7 +151,8 @@ def test_pairs_of_messages_are_rendered_with_the_chat_template(write, load, tiny
 
 def test_tokens_across_the_border_belong_to_the_answer(write, load, tiny_tokenizer):
     rows = [PAIR | {"prompt": "the mi", "chosen": "ller", "rejected": "sty river"}] * 4
-    row = load(write(rows), "dpo").train[0]
+    path = write(rows)
+    row = load(path, "dpo", eval_data=(path,)).train[0]
     whole = [tiny_tokenizer.bos_token_id, *ids(tiny_tokenizer, "the miller"), tiny_tokenizer.eos_token_id]
     assert row.prompt + row.chosen == whole
     assert tiny_tokenizer.decode(row.prompt + row.rejected[:-1]) == "<s>the misty river"
@@ -155,31 +161,77 @@ def test_tokens_across_the_border_belong_to_the_answer(write, load, tiny_tokeniz
 def test_verdicts_and_prompts(write, load, tiny_tokenizer):
     rows = [{"prompt": "a b", "completion": f" {n}", "label": n % 2 == 0} for n in range(6)]
     bos, eos = tiny_tokenizer.bos_token_id, tiny_tokenizer.eos_token_id
-    data = load(write(rows), "kto")
+    path, csv_path = write(rows), write(rows, "k.csv")
+    data = load(path, "kto", eval_data=(path,))
     prompt = [bos, *ids(tiny_tokenizer, "a b")]
     assert data.train[0] == KtoRow(prompt, [*ids(tiny_tokenizer, " 0"), eos], True)
     assert data.train[1].label is False
     # A CSV file knows no truth values.
-    assert [row.label for row in load(write(rows, "k.csv"), "kto").train] == [row.label for row in data.train]
-    asked = load(write([{"prompt": "a b", "answer": n} for n in range(5)]), "grpo").train[1]
+    from_csv = load(csv_path, "kto", eval_data=(path,))
+    assert [row.label for row in from_csv.train] == [row.label for row in data.train]
+    # Names that trl's own arguments have are not given to the reward.
+    path = write([{"prompt": "a b", "answer": n, "prompts": "x", "completions": "y"} for n in range(5)])
+    asked = load(path, "grpo", eval_data=(path,)).train[1]
     assert asked == PromptRow(prompt, "a b", {"answer": 1})
 
 
-def test_every_tenth_row_is_held_out(write, load):
+def text_row(*ids, prompt=0):
+    return TextRow(list(ids), [IGNORED] * max(1, prompt) + list(ids[max(1, prompt) :]))
+
+
+def test_a_tenth_of_the_rows_is_held_out_by_their_checksum(write, load):
     data = load(write(pairs(41)), "dpo")
-    assert len(data.heldout) == 4
-    assert len(data.train) == 37
     whole = load(write(pairs(41), "train.jsonl"), "dpo", eval_data=(write(pairs(3), "eval.jsonl"),))
-    assert len(whole.train) == 41
-    assert len(whole.heldout) == 3
-    places = [whole.train.index(row) for row in data.heldout]
-    assert places == [9, 19, 29, 39]
+    assert (len(whole.train), len(whole.heldout)) == (41, 3)
+    lowest = sorted(whole.train, key=lambda row: crc32(" ".join(map(str, row.prompt)).encode()))[:4]
+    assert data.heldout == [row for row in whole.train if row in lowest]
+    assert data.train == [row for row in whole.train if row not in lowest]
+    assert [len(load(write(pairs(41)), "dpo", hold_out=share).heldout) for share in (0.25, 0.5)] == [10, 20]
 
 
-def test_another_share_is_spread_evenly(write, load):
-    data = load(write(pairs(41)), "dpo", hold_out=0.25)
-    every = load(write(pairs(41)), "dpo", eval_data=(write(pairs(3), "eval.jsonl"),)).train
-    assert [every.index(row) for row in data.heldout] == list(range(3, 41, 4))
+@pytest.mark.parametrize("copies", [1, 2, 3, 7])
+def test_rows_with_one_prompt_are_on_one_side(copies):
+    prompts = [[1, n, n % 3] for n in range(20)]
+    rows = [PairRow(prompt, [copy], [9]) for copy in range(copies) for prompt in prompts]
+    train, heldout = hold_out_rows(rows, 0.1)
+    assert len(heldout) == 2 * copies
+    assert not {tuple(row.prompt) for row in train} & {tuple(row.prompt) for row in heldout}
+    assert [row for row in rows if row in heldout] == heldout
+    again = hold_out_rows(rows[::-1], 0.1)
+    assert again == (train[::-1], heldout[::-1])
+
+
+def test_texts_are_held_out_by_their_prompt_or_as_a_whole():
+    asked = [text_row(1, n // 2, 7, n, prompt=3) for n in range(40)]
+    train, heldout = hold_out_rows(asked, 0.1)
+    assert len(heldout) == 4
+    assert not {row.input_ids[1] for row in train} & {row.input_ids[1] for row in heldout}
+    plain = [text_row(1, 5, 5, n // 2) for n in range(40)]
+    train, heldout = hold_out_rows(plain, 0.1)
+    assert len(heldout) == 4
+    assert not {tuple(row.input_ids) for row in train} & {tuple(row.input_ids) for row in heldout}
+
+
+def test_more_than_half_is_never_held_out():
+    rows = [text_row(1, 2, 3, n, prompt=3) for n in range(9)]
+    assert hold_out_rows(rows, 0.5) == (rows, [])
+    others = [text_row(1, n, 3, n, prompt=3) for n in (7, 8)]
+    train, heldout = hold_out_rows(rows + others, 0.1)
+    assert (train, heldout) == (rows, others)
+    assert hold_out_rows([], 0.1) == ([], [])
+
+
+def test_verdicts_are_held_out_by_label():
+    rows = [KtoRow([1, n], [2], n < 37) for n in range(40)]
+    train, heldout = hold_out_rows(rows, 0.1)
+    assert [sum(row.label is label for row in heldout) for label in (True, False)] == [4, 1]
+    # Each prompt with a good and a bad answer.
+    both = [KtoRow([1, n], [label], bool(label)) for n in range(20) for label in (0, 1)]
+    train, heldout = hold_out_rows(both, 0.1)
+    assert [sum(row.label is label for row in heldout) for label in (True, False)] == [2, 2]
+    assert not {row.prompt[1] for row in train} & {row.prompt[1] for row in heldout}
+    with pytest.raises(CorpusError, match=r"Verdicts of both labels.*1 rows with label False"):
+        hold_out_rows(rows[:38], 0.1)
 
 
 def test_few_rows_still_leave_two_of_each(write, load):
@@ -201,13 +253,13 @@ def test_rows_that_do_not_fit_are_left_out_and_counted(write, load):
 
 
 def test_a_prompt_leaves_room_for_its_completion(write, load):
-    rows = [{"prompt": "a b"}] * 5 + [{"prompt": "mill " * 20}]
+    rows = [{"prompt": f"a {n}"} for n in range(5)] + [{"prompt": "mill " * 20}]
     data = load(write(rows), "grpo", context=30, completion_length=20)
     assert len(data.train) + len(data.heldout) == 5
 
 
 def test_long_texts_are_cut(write, load):
-    data = load(write([{"text": "mill " * 50}] * 5), context=20)
+    data = load(write([{"text": f"{n} " + "mill " * 50} for n in range(5)]), context=20)
     assert {len(row.input_ids) for row in data.train} == {20}
     assert data.notes == []
 
@@ -274,16 +326,27 @@ def test_bad_files(write, load, tmp_path):
 
 def test_half_a_surrogate_pair_is_repaired(tmp_path, load):
     path = tmp_path / "tn-s.jsonl"
-    line = '{"prompt": "a \\ud83d b", "chosen": " c", "rejected": " d"}\n'
-    path.write_text(line * 5)
+    line = '{"prompt": "%d \\ud83d b", "chosen": " c", "rejected": " d"}\n'
+    path.write_text("".join(line % n for n in range(5)))
     assert len(load(str(path), "dpo").train) == 3
 
 
 def test_a_scope_needs_rows_that_say_what_is_prompt(write, load):
-    text, asked = [{"text": "a b c"}] * 5, [{"prompt": "a", "completion": " b"}] * 5
+    text = [{"text": f"a {n} c"} for n in range(5)]
+    asked = [{"prompt": f"a {n}", "completion": " b"} for n in range(5)]
     with pytest.raises(CorpusError, match="--scope answer needs to know"):
         load(write(text), adapter={"scope": "answer"})
-    assert load(write(asked), adapter={"scope": "answer"}).train
+    general = (write(text, "g.jsonl"),)
+    for scope, noted in (
+        ("answer", True),
+        ("prompt", True),
+        ("last", True),
+        ("first", False),
+        ("all", False),
+    ):
+        data = load(write(asked), adapter={"scope": scope}, general=general)
+        assert data.train
+        assert any(f"nothing is measured with --scope {scope}" in note for note in data.notes) == noted
 
 
 def test_retained_and_general_text(write, load):
@@ -291,6 +354,21 @@ def test_retained_and_general_text(write, load):
     data = load(rows, "unlearn", retain=(rows,), general=(general,), eval_rows=4)
     assert (len(data.retain), len(data.retain_heldout), len(data.general)) == (27, 3, 4)
     assert set(data.inputs) == {"data", "retain", "general"}
+
+
+def test_general_text_is_spread_over_its_files(write, load, tiny_tokenizer):
+    rows = write([{"text": f"a {n}"} for n in range(9)])
+    files = [write([{"text": f"{name} {n}"} for n in range(30)], f"{name}.jsonl") for name in ("b", "c")]
+    data = load(rows, general=tuple(files), eval_rows=4)
+    assert [tiny_tokenizer.decode(row.input_ids[1:]) for row in data.general] == [
+        "b 7",
+        "b 22",
+        "c 7",
+        "c 22",
+    ]
+    long = write([{"text": f"b {n}"} for n in range(99)], "long.jsonl")
+    data = load(rows, general=(long,), eval_rows=2)
+    assert [tiny_tokenizer.decode(row.input_ids[1:]) for row in data.general] == ["b 10", "b 30"]
 
 
 def test_conversations_need_a_chat_template(write, load, tiny_tokenizer, monkeypatch):
@@ -303,3 +381,8 @@ def test_conversations_need_a_chat_template(write, load, tiny_tokenizer, monkeyp
 def test_options_refuse_what_does_not_go_together():
     with pytest.raises(ConfigError, match="ruins the model"):
         ObjectiveOptions(objective="unlearn", data=("x",))
+    for objective in ("dpo", "kto", "simpo", "unlearn"):
+        retain = ("x",) if objective == "unlearn" else ()
+        with pytest.raises(ConfigError, match="beta must be above 0"):
+            ObjectiveOptions(objective=objective, data=("x",), retain=retain, beta=0.0)
+    ObjectiveOptions(objective="orpo", data=("x",), beta=0.0)

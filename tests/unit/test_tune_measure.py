@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from palimpsest.errors import ConfigError
 from palimpsest.models import load_model
 from palimpsest.options import ModelOptions
 from palimpsest.tune.config import ObjectiveOptions
+from palimpsest.tune.contrast import sides
+from palimpsest.tune.data import TuneData
 from palimpsest.tune.measure import Part, Yardstick, estimate, interval
-from palimpsest.tune.rows import IGNORED, KtoRow, PairRow, PromptRow, TextRow
+from palimpsest.tune.rows import IGNORED, KtoRow, PairRow, PromptRow, TextRow, evenly
 from palimpsest.tune.summary import summarise
 
 RNG = np.random.default_rng(3)
@@ -320,6 +323,29 @@ def test_parts_of_one_group_are_resampled_together():
 def test_a_single_row_has_no_interval(language, tuned):
     found = summarise(*both(yardstick(language, "sft", TEXTS[:1]), tuned))
     assert all(math.isnan(end) for end in found["objective_value"]["ci"])
+
+
+def test_a_few_rows_have_none_either():
+    values = np.arange(6.0)
+    ends = {n: interval([Part(values[:n], np.ones(n))]) for n in (2, 5, 6)}
+    assert all(math.isnan(end) for n in (2, 5) for end in ends[n])
+    assert ends[6][0] < 2.5 < ends[6][1]
+
+
+def test_measured_rows_are_spread_over_all():
+    assert evenly(range(100), 4) == [12, 37, 62, 87]
+    assert evenly(range(3), 64) == [0, 1, 2]
+    assert evenly([], 4) == []
+    found = evenly(range(1000), 64)
+    assert len(set(found)) == 64
+    assert {b - a for a, b in pairwise(found)} == {15, 16}
+
+
+def test_both_kinds_of_a_contrast_are_spread_over_all():
+    rows = [PairRow([n], [n], [n, n]) for n in range(8)]
+    found = sides(ObjectiveOptions(objective="dpo", data=("x",)), TuneData(rows, [], [], [], [], 9), 2)
+    assert [row.input_ids for row in found.wanted] == [[2, 2], [6, 6]]
+    assert [row.input_ids for row in found.other] == [[2, 2, 2], [6, 6, 6]]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from palimpsest.tune.data import PLAIN, TuneData, load_data
 from palimpsest.tune.measure import Yardstick
 from palimpsest.tune.movers import Movers
 from palimpsest.tune.objectives import make_trainer
-from palimpsest.tune.penalties import ADAPTER, layers_of
+from palimpsest.tune.penalties import ADAPTER, decoder_norms, layers_of
 from palimpsest.tune.prepare import attach, check_options, open_base, parameters
 from palimpsest.tune.rows import evenly
 from palimpsest.tune.summary import summarise
@@ -35,6 +35,9 @@ SCHEMA = 1
 CHECKPOINTS = "checkpoints"
 
 TIMING = "train"
+
+NAMED = 20
+"""Latents of each site that the card names in words, where there are any."""
 
 BESIDE = ("track", "track_latents")
 """Options that change nothing of the result: a run may go on with others."""
@@ -240,7 +243,23 @@ def _write(run: RunFolder, model: Any, result: dict[str, Any]) -> None:
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         run.adopt(name)
     run.write_json(RESULT, result)
-    write_card(run.path, result)
+    write_card(run.path, result, labels=_labels(model))
+
+
+def _labels(model: Any) -> dict[str, dict[int, str]]:
+    """What the strongest latents stand for, where a dictionary has an id at Neuronpedia or a cache knows it."""
+    from palimpsest.tune.explain.labels import Wanted, find_labels, neuronpedia_id
+
+    wanted = []
+    for layer in layers_of(model):
+        component, source = layer.component(ADAPTER), neuronpedia_id(layer.dictionary.metadata)
+        strength = component.values().abs() * (decoder_norms(layer) if component.n else 1)
+        best = strength.topk(min(NAMED, component.n)).indices
+        wanted += [Wanted(layer.site, latent, source) for latent in component.latents[best].tolist()]
+    found: dict[str, dict[int, str]] = {}
+    for (site, latent), label in find_labels(wanted).items():
+        found.setdefault(site, {})[latent] = label
+    return found
 
 
 def _inputs(config: TuneConfig, language: LanguageModel, data: TuneData) -> dict[str, dict[str, Any]]:

@@ -184,7 +184,7 @@ def _enough(config: TuneConfig, data: TuneData) -> None:
                 f"There are too few rows {what}",
                 expected=f"at least {LEAST}",
                 found="; ".join([str(len(rows)), *data.notes]),
-                fix=f"Give {option} with more rows; those with one prompt are never split",
+                fix=f"Give {option} with more rows: those with one prompt (or text) are never on both sides",
             )
 
 

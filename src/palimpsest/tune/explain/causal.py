@@ -32,7 +32,7 @@ class Orders:
     Attributes:
         effect: By activation-weighted effect, of the half that chooses.
         magnitude: By |value|.
-        random: Several orders of the latents with an effect, the others behind them.
+        random: Several orders of the latents that fire, moved or not; the others behind them.
         active: Latents with an effect.
     """
 
@@ -46,6 +46,7 @@ class Orders:
         cls,
         latents: Latents,
         effect: Float[NDArray, " latents"],
+        firing: Bool[NDArray, " latents"],
         seeds: int,
         seed: int,
     ) -> Orders:
@@ -54,7 +55,7 @@ class Orders:
         return cls(
             strongest_first(effect, size * latents.norms),
             strongest_first(size),
-            list(random_orders((effect > 0) & latents.editable, seeds, seed)),
+            list(random_orders((firing | (effect > 0)) & latents.editable, seeds, seed)),
             int((effect > 0).sum()),
         )
 

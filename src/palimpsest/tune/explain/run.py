@@ -151,7 +151,7 @@ def _causes(
     """Curves on the documents that report, and the pruned adapter that the others choose."""
     chooses, reports = probes
     latents = subject.latents
-    ordered = Orders.of(latents, read.effect(0), options.random_orders, seed)
+    ordered = Orders.of(latents, read.effect(0), read.firing(0), options.random_orders, seed)
     sizes = numbers(latents, ordered.active, options.points)
     points = curves(reports, ordered, sizes)
     same = chooses.effect.difference * reports.effect.difference > 0

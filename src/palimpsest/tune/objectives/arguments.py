@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from palimpsest.tune.config import TuneConfig
 
@@ -26,6 +27,8 @@ def arguments(config: TuneConfig, model: Any, folder: Path) -> dict[str, Any]:
     save_every = schedule.save_every or max(1, math.ceil(schedule.steps / 4))
     # A seed of ours may be larger than numpy's can be.
     seed = config.run.seed % 2**32
+    # The new name, where transformers has it: the old one is deprecated there.
+    checkpointing = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     return {
         "output_dir": str(folder),
         "max_steps": schedule.steps,
@@ -40,8 +43,8 @@ def arguments(config: TuneConfig, model: Any, folder: Path) -> dict[str, Any]:
         "optim": "adamw_torch",
         "bf16": schedule.precision == "bfloat16",
         "fp16": False,
-        "gradient_checkpointing": schedule.gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        f"{checkpointing}_checkpointing": schedule.gradient_checkpointing,
+        f"{checkpointing}_checkpointing_kwargs": {"use_reentrant": False},
         "logging_strategy": "steps",
         "logging_steps": config.log.log_every,
         # The filter waits for the device at every step; the guard does not.
