@@ -43,14 +43,16 @@ def trained(folder, prefixes):
 
 
 def margins(folder):
-    print("| adapter | held-out margin | pairs preferred | DPO loss |")
-    print("|---|---|---|---|")
+    print("| adapter | training loss, last 10 steps | held-out loss | held-out margin, nats | right pairs |")
+    print("|---|---|---|---|---|")
     for path in sorted(folder.glob("dpo-*/tune.json")):
         about = load(path)
         margin, value = about["margin"], about["objective_value"]
+        log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+        last = [line["loss"] for line in log if "loss" in line][-1]
         print(
-            f"| `{path.parent.name}` | {number(margin['after'], margin['ci'], 3, sign=True)} "
-            f"| {margin['accuracy']:.0%} of {value['rows']} | {number(value['before'])} → {number(value['after'])} |"
+            f"| `{path.parent.name}` | 0.6931 → {number(last)} | {number(value['before'])} → {number(value['after'])} "
+            f"| {number(margin['after'], margin['ci'], 2, sign=True)} | {margin['accuracy']:.0%} of {value['rows']} |"
         )
     print()
 
