@@ -106,10 +106,9 @@ def test_json_is_the_folders_content(adapters, call, out):
     assert refused.code == 2 and "--overwrite" in refused.err
 
 
-def test_controls_and_compare(adapters, call, out):
-    shown = call(
-        "explain", "ex-a", *TEXT, *QUICK, "--twin", "ex-a", "--other", "ex-b", "--json", "--out", out
-    )
+def test_controls_and_compare(adapters, call, out, tmp_path):
+    same = shutil.copytree(adapters / "ex-a", tmp_path / "same")
+    shown = call("explain", "ex-a", *TEXT, *QUICK, "--twin", same, "--other", "ex-b", "--json", "--out", out)
     controls = json.loads(shown.out)["controls"]
     assert controls["twin"]["cosine"] == pytest.approx(1) and controls["other"]["cosine"] < 0.9
     both = out.parent / "ex-both"
