@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from palimpsest.artifacts import RunFolder, check_claim, open_artifact
+from palimpsest.artifacts import RunFolder, open_artifact
 from palimpsest.dictionaries import Dictionary, load_dictionary
 from palimpsest.errors import DictionaryError
 from palimpsest.log import log
 from palimpsest.models import LanguageModel
-from palimpsest.options import config_dict
 from palimpsest.tune.baselines_config import CONTRASTED, BaselinesConfig, method_config, no_contrast
 from palimpsest.tune.board import Board, Line
 from palimpsest.tune.config import TuneConfig
@@ -20,10 +19,10 @@ from palimpsest.tune.contrast import Contrast, read_contrast, sides
 from palimpsest.tune.data import TuneData, load_data
 from palimpsest.tune.diffmean import make_diffmean
 from palimpsest.tune.penalties import layers_of
-from palimpsest.tune.prepare import check_options, open_base
+from palimpsest.tune.prepare import open_base
 from palimpsest.tune.run import RESULT, measure
 from palimpsest.tune.training import hushed
-from palimpsest.tune.versions import board_from, figures, rank, train_version, write_board
+from palimpsest.tune.versions import board_from, figures, open_run, rank, train_version, write_board
 
 STAGE = "tune-baselines"
 
@@ -65,18 +64,7 @@ def run_baselines(config: BaselinesConfig) -> Board:
         PalimpsestError: As `run_tune`; or a method that was named needs two kinds of text and there are none.
     """
     versions = {name: method_config(config, name) for name in config.methods}
-    for one in versions.values():
-        check_options(one)
-    check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
-    with RunFolder(
-        config.run.out,
-        stage=STAGE,
-        config=config_dict(config),
-        models={"base": config.model},
-        seed=config.run.seed,
-        resume=config.run.resume,
-        overwrite=config.run.overwrite,
-    ) as run:
+    with open_run(config, STAGE, versions.values()) as run:
         if run.already_complete:
             return board_from(open_artifact(config.run.out), NAME)
         language = open_base(config)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from palimpsest.artifacts import RunFolder, check_claim, open_artifact
+from palimpsest.artifacts import open_artifact
 from palimpsest.log import log
-from palimpsest.options import config_dict
 from palimpsest.tune.board import Board, Line
-from palimpsest.tune.prepare import check_options, open_base
+from palimpsest.tune.prepare import open_base
 from palimpsest.tune.sweep_config import SweepConfig, combinations
-from palimpsest.tune.versions import board_from, figures, rank, train_version, write_board
+from palimpsest.tune.versions import board_from, figures, open_run, rank, train_version, write_board
 
 STAGE = "tune-sweep"
 
@@ -29,18 +28,7 @@ def run_sweep(config: SweepConfig) -> Board:
         PalimpsestError: As `run_tune`, before anything is trained where that can be known.
     """
     versions = combinations(config)
-    for one in versions.values():
-        check_options(one)
-    check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
-    with RunFolder(
-        config.run.out,
-        stage=STAGE,
-        config=config_dict(config),
-        models={"base": config.model},
-        seed=config.run.seed,
-        resume=config.run.resume,
-        overwrite=config.run.overwrite,
-    ) as run:
+    with open_run(config, STAGE, versions.values()) as run:
         if run.already_complete:
             return board_from(open_artifact(config.run.out), NAME)
         language, results = open_base(config), {}

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from palimpsest.artifacts import Artifact, RunFolder, open_artifact
+from palimpsest.artifacts import Artifact, RunFolder, check_claim, open_artifact
 from palimpsest.artifacts.disk import MANIFEST
 from palimpsest.errors import NumericsError
 from palimpsest.log import log
 from palimpsest.models import LanguageModel
+from palimpsest.options import config_dict
 from palimpsest.tune.board import Board, Line
 from palimpsest.tune.config import TuneConfig
+from palimpsest.tune.prepare import check_options
 from palimpsest.tune.run import RESULT, run_tune
+
+
+def open_run(config: Any, stage: str, versions: Iterable[TuneConfig]) -> RunFolder:
+    """The folder of a run of several adapters, once all their options are known to go together.
+
+    Args:
+        config: With `run` and `model`; a `SweepConfig` or a `BaselinesConfig`.
+        stage: What the run is.
+        versions: The options of each adapter.
+    """
+    for one in versions:
+        check_options(one)
+    check_claim(config.run.out, resume=config.run.resume, overwrite=config.run.overwrite)
+    return RunFolder(
+        config.run.out,
+        stage=stage,
+        config=config_dict(config),
+        models={"base": config.model},
+        seed=config.run.seed,
+        resume=config.run.resume,
+        overwrite=config.run.overwrite,
+    )
 
 
 def train_version(config: TuneConfig, language: LanguageModel, run: RunFolder) -> dict[str, Any]:

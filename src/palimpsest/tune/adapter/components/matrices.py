@@ -66,7 +66,6 @@ class _EntryDot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x, rows, crow, index):
-        """The edit of these tokens."""
         ctx.save_for_backward(x, rows, crow, index)
         return kernels.row_dot(crow, index, x.contiguous(), rows)
 
@@ -87,7 +86,6 @@ class _EntrySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values, rows, crow, index):
-        """The edit of these tokens."""
         ctx.save_for_backward(values, rows, crow, index)
         return kernels.row_sum(crow, index, values, rows)
 
