@@ -39,7 +39,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,trl,gguf,tensorboard]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs,web,trl,gguf,tensorboard]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[sae-lens]" \
 		|| echo "sae-lens could not be installed: the tests that compare with it will be skipped"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]" \
