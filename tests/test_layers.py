@@ -11,9 +11,9 @@ import pytest
 from helpers import PACKAGE
 
 RANKS = {
-    0: ("errors", "hub", "lazy", "log", "neuronpedia", "sitenames", "stats"),
+    0: ("display", "errors", "hub", "lazy", "log", "neuronpedia", "sitenames", "stats"),
     1: ("artifacts", "findings", "options", "trackers"),
-    2: ("models", "corpus", "store", "buffer", "dictionaries", "latents"),
+    2: ("models", "corpus", "store", "buffer", "dictionaries", "labelcache", "latents"),
     3: ("edits", "harvest", "evaluate"),
     4: ("audit", "diff", "train", "tune", "verify", "interpret"),
     5: ("report",),

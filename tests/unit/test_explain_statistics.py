@@ -9,12 +9,12 @@ from urllib.error import HTTPError, URLError
 import numpy as np
 import pytest
 
+from palimpsest import labelcache as label_module
 from palimpsest.errors import ConfigError
+from palimpsest.labelcache import LENGTH, Wanted, find_labels, neuronpedia_id, tidy
 from palimpsest.options import RunOptions
-from palimpsest.tune.explain import labels as label_module
 from palimpsest.tune.explain.compare import moved_classes
 from palimpsest.tune.explain.compare_text import cell
-from palimpsest.tune.explain.labels import LENGTH, Wanted, find_labels, neuronpedia_id, tidy
 from palimpsest.tune.explain.result import (
     AdapterComparison,
     Agreement,
@@ -355,10 +355,10 @@ def test_requests_are_tried_again_where_that_can_help(monkeypatch):
         monkeypatch.setattr(label_module, "urlopen", open_)
         monkeypatch.setattr(label_module.time, "sleep", lambda seconds: None)
         if ok:
-            assert label_module._fetch("https://x") == {"explanations": []}
+            assert label_module.fetch_page("https://x") == {"explanations": []}
         else:
             with pytest.raises(OSError):
-                label_module._fetch("https://x")
+                label_module.fetch_page("https://x")
         assert left == []
 
 

@@ -6,19 +6,20 @@ import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 
 from palimpsest.artifacts import open_artifact
+from palimpsest.display.notebook import Rich, card_from
 from palimpsest.errors import ArtifactError, ConfigError
-from palimpsest.latents.labels import read_labels
-from palimpsest.latents.schema import ABOUT, EXAMPLES, LATENTS, SIGNALS, STAGE, VOCAB
+from palimpsest.latents.example_file import Example, ExampleFile
+from palimpsest.latents.labels import Label, read_labels
+from palimpsest.latents.schema import ABOUT, EXAMPLES, LATENTS, STAGE, VOCAB
 
 # Its functions are made at import, where a type checker does not see them.
 pc: Any = pyarrow.compute
@@ -34,6 +35,7 @@ OPERATORS = {
 SEARCHED = ("label", "tokens", "promoted_base", "promoted_tuned")
 SHOWN = ("promoted_base", "promoted_tuned", "tokens")
 LONGEST_TEXT = 200
+REMEMBERED = 16
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Query:
 
     Attributes:
         text: A number finds that latent; any other text is looked for in labels and tokens, whatever its case.
-        where: Conditions (column, operator, number) that all must hold.
+        where: Conditions (column, operator, number or text) that all must hold.
         sort: Column to order by.
         descending: The largest first; latents without a value come last both ways.
         offset: Rows to leave out.
@@ -50,7 +52,7 @@ class Query:
     """
 
     text: str = ""
-    where: tuple[tuple[str, str, float], ...] = ()
+    where: tuple[tuple[str, str, float | str], ...] = ()
     sort: str = "latent"
     descending: bool = False
     offset: int = 0
@@ -65,44 +67,7 @@ class Page:
     rows: list[dict[str, Any]]
 
 
-@dataclass(frozen=True)
-class Example:
-    """One place where a latent fires, with the text around it.
-
-    Attributes:
-        kind: 0 for one of the strongest, else the quantile bin, 1 the weakest.
-        rank: Its place among its kind.
-        corpus: Name of the corpus.
-        document: Row of the corpus.
-        start: Place of the window's first token in the document.
-        peak: Which token of the window the example is about.
-        value: What it was chosen by.
-        base: The base's activation there; None where the dictionary gives none.
-        tuned: The tuned model's.
-        tokens: The window as text.
-        ids: The window as token ids.
-        value_at: The signal on each token of the window.
-        base_at: The base's activation on each token, or None.
-        tuned_at: The tuned model's, or None.
-    """
-
-    kind: int
-    rank: int
-    corpus: str
-    document: int
-    start: int
-    peak: int
-    value: float
-    base: float | None
-    tuned: float | None
-    tokens: list[str]
-    ids: list[int]
-    value_at: list[float]
-    base_at: list[float] | None
-    tuned_at: list[float] | None
-
-
-class LatentIndex:
+class LatentIndex(Rich):
     """An examples folder, open for questions; safe to ask from several threads.
 
     The table of latents is held in memory, a few hundred bytes a latent; examples are read when they are asked for.
@@ -112,14 +77,16 @@ class LatentIndex:
         about: The content of `examples.json`.
         latents: The alive latents.
         names: Columns that may be filtered and sorted by.
+        texts: Columns that may be filtered by `=` and `!=`, and that hold text.
     """
+
+    _card = card_from("palimpsest.latents.card", "index_card")
 
     def __init__(self, path: str | Path, labels: Sequence[str | Path] = ()) -> None:
         """Open a folder; see `LatentIndex.open`."""
         artifact = open_artifact(path, stage=STAGE, verify=False)
         self.path = artifact.path
         self.about: dict[str, Any] = artifact.read_json(ABOUT)
-        self._examples = artifact.file(EXAMPLES)
         self._labels = read_labels(labels)
         self._table = self._with_labels(artifact.read_table(LATENTS))
         self.latents = self._table["latent"].to_numpy()
@@ -129,8 +96,12 @@ class LatentIndex:
             for field in self._table.schema
             if any(kind(field.type) for kind in scalar) and field.name != "histogram_start"
         )
-        self._vocab = artifact.read_table(VOCAB)
+        self.texts: tuple[str, ...] = ()
+        vocab = artifact.read_table(VOCAB)
+        self._examples = ExampleFile(artifact.file(EXAMPLES), list(self.about["corpora"]), vocab)
         self._lock = threading.Lock()
+        # Pages, sorting and filters of one search ask for the same text again.
+        self._matches = lru_cache(maxsize=REMEMBERED)(self._matching)
 
     @classmethod
     def open(cls, path: str | Path, labels: Sequence[str | Path] = ()) -> LatentIndex:
@@ -160,17 +131,42 @@ class LatentIndex:
                 raise ConfigError(
                     f"'{operator}' compares nothing", expected=" ".join(OPERATORS), found=operator
                 )
-            keep &= _true(OPERATORS[operator](self._column(column), bound))
+            keep &= _true(OPERATORS[operator](self._column(column, text=isinstance(bound, str)), bound))
         if query.text.strip():
             keep &= self._matches(query.text.strip())
         order = self._order(query.sort, query.descending)
         order = order[keep[order]]
         chosen = order[max(query.offset, 0) :][: max(query.limit, 0)]
-        columns = [*self.names, *SHOWN, "label", "label_provider"]
+        columns = [*self.names, *self.texts, *SHOWN, "label", "label_provider"]
         rows = self._table.select(columns).take(pa.array(chosen)).to_pylist()
         for row in rows:
             row["promoted"] = row["promoted_tuned"] or row["promoted_base"]
         return Page(len(order), rows)
+
+    def join(self, name: str, latents: np.ndarray, values: Sequence[Any] | np.ndarray) -> None:
+        """Add a column that another source knows, before anyone searches; null for latents that it does not know.
+
+        Args:
+            name: Of the column, which is new.
+            latents: Each at most once.
+            values: Beside them, numbers or text.
+        """
+        text = any(isinstance(one, str) for one in values)
+        place = np.searchsorted(self.latents, latents)
+        known = place < len(self)
+        known[known] = self.latents[place[known]] == np.asarray(latents)[known]
+        column = np.full(len(self), None, object)
+        column[place[known]] = np.asarray(values, object)[known]
+        self._table = self._table.append_column(
+            name, pa.array(column, pa.string() if text else pa.float64(), from_pandas=True)
+        )
+        self.names, self.texts = (
+            (self.names, (*self.texts, name)) if text else ((*self.names, name), self.texts)
+        )
+
+    def values(self, name: str) -> np.ndarray:
+        """A column of `names` beside `latents`; NaN where it is null."""
+        return self._column(name).to_numpy().astype(float)
 
     def row(self, latent: int) -> dict[str, Any]:
         """Everything that is known of a latent, by column.
@@ -192,32 +188,11 @@ class LatentIndex:
 
     def examples(self, latent: int, kind: int | None = None, limit: int | None = None) -> list[Example]:
         """The examples of a latent, the strongest first, then the quantile bins; none of a latent that never fired."""
-        rows = [row for row in self._read(latent) if kind is None or row["kind"] == kind]
-        return [self._example(row) for row in (rows if limit is None else rows[:limit])]
+        return self._examples.read(latent, kind, limit)
 
-    def text(self, ids: Sequence[int]) -> list[str]:
-        """Tokens as they are shown."""
-        return [self._texts[one] if 0 <= one < len(self._texts) else f"⟨{one}⟩" for one in ids]
-
-    @cached_property
-    def _texts(self) -> list[str]:
-        ids, texts = self._vocab["id"].to_numpy(), self._vocab["text"].to_pylist()
-        found = [""] * (int(ids.max()) + 1 if len(ids) else 0)
-        for one, text in zip(ids.tolist(), texts, strict=True):
-            found[one] = text
-        return found
-
-    @cached_property
-    def _file(self) -> pq.ParquetFile:
-        return pq.ParquetFile(self._examples, memory_map=True)
-
-    @cached_property
-    def _spans(self) -> np.ndarray:
-        """First and last latent of every row group `[groups, 2]`."""
-        meta = self._file.metadata
-        column = self._file.schema_arrow.names.index("latent")
-        spans = [meta.row_group(i).column(column).statistics for i in range(meta.num_row_groups)]
-        return np.array([(one.min, one.max) for one in spans], np.int64).reshape(-1, 2)
+    def label(self, latent: int) -> Label | None:
+        """The label of a latent with its score, or None."""
+        return self._labels.get(latent)
 
     @cached_property
     def _haystack(self) -> pa.ChunkedArray:
@@ -230,7 +205,7 @@ class LatentIndex:
             parts.append(pc.fill_null(column, ""))
         return pc.utf8_lower(pc.binary_join_element_wise(*parts, "\x1f"))
 
-    def _matches(self, text: str) -> np.ndarray:
+    def _matching(self, text: str) -> np.ndarray:
         if re.fullmatch(r"\d{1,9}", text):
             exact = self.latents == int(text)
             if exact.any():
@@ -241,7 +216,7 @@ class LatentIndex:
         with self._lock:
             known = self._orders
             if (name, descending) not in known:
-                values = self._column(name).to_numpy().astype(float)
+                values = self.values(name)
                 # NaN, which stands for null, goes last in either direction; equals keep the order of their numbers.
                 known[name, descending] = np.argsort(-values if descending else values, kind="stable")
             return known[name, descending]
@@ -250,44 +225,13 @@ class LatentIndex:
     def _orders(self) -> dict[tuple[str, bool], np.ndarray]:
         return {}
 
-    def _column(self, name: str) -> pa.ChunkedArray:
-        if name not in self.names:
+    def _column(self, name: str, *, text: bool = False) -> pa.ChunkedArray:
+        known = self.texts if text else self.names
+        if name not in known:
             raise ConfigError(
-                f"There is no column '{name[:LONGEST_TEXT]}'", expected=", ".join(self.names), found=name[:80]
+                f"There is no column '{name[:LONGEST_TEXT]}'", expected=", ".join(known), found=name[:80]
             )
         return self._table[name]
-
-    def _read(self, latent: int) -> list[dict[str, Any]]:
-        groups = np.flatnonzero((self._spans[:, 0] <= latent) & (latent <= self._spans[:, 1]))
-        if len(groups) == 0:
-            return []
-        # One reader, one file position.
-        with self._lock:
-            table = self._file.read_row_groups(groups.tolist(), use_threads=False)
-        return table.filter(pc.equal(table["latent"], latent)).to_pylist()
-
-    def _example(self, row: dict[str, Any]) -> Example:
-        length, names = len(row["ids"]), list(self.about["corpora"])
-        spread: dict[str, list[float] | None] = {}
-        for signal in SIGNALS:
-            values = row[f"{signal}_at"]
-            spread[signal] = None
-            if values is not None:
-                dense = [0.0] * length
-                for place, value in zip(row["at"], values, strict=True):
-                    dense[place] = value
-                spread[signal] = dense
-        return Example(
-            *(row[name] for name in ("kind", "rank")),
-            corpus=names[row["corpus"]],
-            **{name: row[name] for name in ("document", "start", "peak", "value", "ids")},
-            base=row["base_value"],
-            tuned=row["tuned_value"],
-            tokens=self.text(row["ids"]),
-            value_at=spread["value"] or [0.0] * length,
-            base_at=spread["base"],
-            tuned_at=spread["tuned"],
-        )
 
     def _with_labels(self, table: pa.Table) -> pa.Table:
         labels = [self._labels.get(latent) for latent in table["latent"].to_pylist()]

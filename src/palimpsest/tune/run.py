@@ -248,7 +248,7 @@ def _write(run: RunFolder, model: Any, result: dict[str, Any]) -> None:
 
 def _labels(model: Any) -> dict[str, dict[int, str]]:
     """What the strongest latents stand for, where a dictionary has an id at Neuronpedia or a cache knows it."""
-    from palimpsest.tune.explain.labels import Wanted, find_labels, neuronpedia_id
+    from palimpsest.labelcache import Wanted, find_labels, neuronpedia_id
 
     wanted = []
     for layer in layers_of(model):

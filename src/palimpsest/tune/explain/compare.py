@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from palimpsest.artifacts import RunFolder, check_claim, open_artifact
+from palimpsest.labelcache import find_labels
 from palimpsest.options import config_dict
 from palimpsest.tune.choices import SIGNED
 from palimpsest.tune.explain.compare_text import page
 from palimpsest.tune.explain.controls import Read, agree, read_adapter
-from palimpsest.tune.explain.labels import find_labels
 from palimpsest.tune.explain.listing import TOP, Labels, labels_of
 from palimpsest.tune.explain.result import AdapterComparison, Moved
 from palimpsest.tune.explain.run import answers_only, corpus_about, inputs

@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow
 from numpy.typing import NDArray
 
+from palimpsest.labelcache import Wanted, find_labels
 from palimpsest.tune.explain.controls import Read
-from palimpsest.tune.explain.labels import Wanted, find_labels
 from palimpsest.tune.explain.result import RANKINGS, Concentration, RankedLatent, Ranking
 from palimpsest.tune.explain.statistics import holders, strongest_first
 from palimpsest.tune.explain_config import LabelOptions

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from palimpsest.display.notebook import Card, Rich
 from palimpsest.findings import Range
 
 SCHEMA = 1
@@ -216,7 +217,7 @@ class Controls:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Rich):
     """The content of `explain.json`."""
 
     summary: str
@@ -236,6 +237,11 @@ class Explanation:
     seed: int
     notes: list[str] = field(default_factory=list)
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        from palimpsest.tune.explain.card import explanation_card
+
+        return explanation_card(self)
 
     def ranking(self, by: str = "effect") -> list[RankedLatent]:
         """The strongest latents by one of `RANKINGS`."""
@@ -265,7 +271,7 @@ class Moved:
 
 
 @dataclass(frozen=True)
-class AdapterComparison:
+class AdapterComparison(Rich):
     """The content of `compare.json`."""
 
     summary: str
@@ -285,6 +291,11 @@ class AdapterComparison:
     seed: int
     notes: list[str] = field(default_factory=list)
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        from palimpsest.tune.explain.card import comparison_card
+
+        return comparison_card(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -10,12 +10,12 @@ from typing import Any
 from palimpsest.artifacts import RunFolder, check_claim, input_entry, open_artifact
 from palimpsest.corpus.rows import parse_source
 from palimpsest.errors import ConfigError
+from palimpsest.labelcache import find_labels
 from palimpsest.options import CorpusOptions, config_dict, parse_assignment
 from palimpsest.tune.choices import PREFERENCES
 from palimpsest.tune.config import ObjectiveOptions
 from palimpsest.tune.explain.causal import Needed, Orders, curves, needed, numbers
 from palimpsest.tune.explain.controls import Read, how_specific, read_adapter, run_controls
-from palimpsest.tune.explain.labels import find_labels
 from palimpsest.tune.explain.listing import concentration, labels_of, orders, rankings, table
 from palimpsest.tune.explain.probe import Probe
 from palimpsest.tune.explain.pruning import prune

@@ -11,12 +11,12 @@ from typing import Any
 
 from palimpsest.artifacts import input_entry, open_artifact
 from palimpsest.errors import ArtifactError, ConfigError, DictionaryError, PairError, PalimpsestError
+from palimpsest.labelcache import neuronpedia_id
 from palimpsest.models import LanguageModel, fingerprint, load_model
 from palimpsest.models.adapters import adapter_config, attach_adapter, check_adapter
 from palimpsest.options import ModelOptions
 from palimpsest.tune.adapter import LatentConfig
 from palimpsest.tune.config import ObjectiveOptions
-from palimpsest.tune.explain.labels import neuronpedia_id
 from palimpsest.tune.explain.latents import Latents
 from palimpsest.tune.explain.result import SiteAbout
 

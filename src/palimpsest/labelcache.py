@@ -88,27 +88,51 @@ def find_labels(
     Raises:
         ConfigError: `file` exists and holds no labels.
     """
-    path = file or _cache_file()
-    known = _read(path, required=file is not None)
-    asked = [one for one in wanted if one.source is not None and _known(known, one) is None]
-    if asked and not offline and not _offline():
-        found = _ask(asked, fetch or _fetch)
-        if found:
-            for one, label in found.items():
-                known.setdefault(str(one.source), {})[str(one.latent)] = label
-            _write(path, known)
-    labels = {(one.site, one.latent): _known(known, one) for one in wanted}
+    cache = LabelCache(file)
+    asked = [one for one in wanted if one.source is not None and cache.get(one) is None]
+    if asked and not offline and not no_network():
+        for one, label in _ask(asked, fetch or fetch_page).items():
+            cache.put(one, label)
+        cache.save()
+    labels = {(one.site, one.latent): cache.get(one) for one in wanted}
     return {place: label for place, label in labels.items() if label is not None}
 
 
-def _known(labels: dict[str, Any], one: Wanted) -> str | None:
-    for key in (one.site, one.source):
-        of = labels.get(key) if key is not None else None
-        value = of.get(str(one.latent)) if isinstance(of, dict) else None
-        found = tidy(value.get("label") if isinstance(value, dict) else value)
-        if found is not None:
-            return found
-    return None
+class LabelCache:
+    """Labels in a file: by Neuronpedia id or site, then by latent.
+
+    Args:
+        file: The file; by default one in ~/.cache, which may be missing or damaged.
+
+    Raises:
+        ConfigError: `file` exists and holds no labels.
+    """
+
+    def __init__(self, file: Path | None = None) -> None:
+        self.path = file or _cache_file()
+        self._labels = _read(self.path, required=file is not None)
+        self._changed = False
+
+    def get(self, one: Wanted) -> str | None:
+        """The label of a latent: that of its site, else that of its Neuronpedia id; None where there is none."""
+        for key in (one.site, one.source):
+            of = self._labels.get(key) if key is not None else None
+            value = of.get(str(one.latent)) if isinstance(of, dict) else None
+            found = tidy(value.get("label") if isinstance(value, dict) else value)
+            if found is not None:
+                return found
+        return None
+
+    def put(self, one: Wanted, label: str) -> None:
+        """Take in what Neuronpedia said."""
+        self._labels.setdefault(str(one.source), {})[str(one.latent)] = label
+        self._changed = True
+
+    def save(self) -> None:
+        """Write the file if something was taken in; where that cannot be done, a warning says so."""
+        if self._changed:
+            _write(self.path, self._labels)
+            self._changed = False
 
 
 def _ask(wanted: Sequence[Wanted], fetch: Fetch) -> dict[Wanted, str]:
@@ -120,7 +144,7 @@ def _ask(wanted: Sequence[Wanted], fetch: Fetch) -> dict[Wanted, str]:
             if failures >= MOST_FAILURES or time.monotonic() > ends or source is None:
                 break
             try:
-                label = _description(fetch(_address(source, one.latent)))
+                label = described(fetch(page_address(source, one.latent)))
                 failures = 0
             except (OSError, HTTPException, ValueError) as error:
                 failures += 1
@@ -135,12 +159,12 @@ def _ask(wanted: Sequence[Wanted], fetch: Fetch) -> dict[Wanted, str]:
     return found
 
 
-def _address(source: NeuronpediaId, latent: int) -> str:
-    """The parts of an id are letters, digits, dots and dashes: nothing in them leaves the path."""
+def page_address(source: NeuronpediaId, latent: int) -> str:
+    """Where a latent's page is; an id's parts are letters, digits, dots and dashes: nothing leaves the path."""
     return f"{SERVER}/{source.model}/{source.source}/{latent}"
 
 
-def _description(page: Any) -> str | None:
+def described(page: Any) -> str | None:
     """The first explanation on a latent's page."""
     listed = page.get("explanations") if isinstance(page, dict) else None
     for one in listed if isinstance(listed, list) else []:
@@ -150,7 +174,7 @@ def _description(page: Any) -> str | None:
     return None
 
 
-def _fetch(address: str) -> Any:
+def fetch_page(address: str) -> Any:
     """The JSON behind an address; tried again where the server is busy or the line broke.
 
     Raises:
@@ -175,7 +199,8 @@ def _fetch(address: str) -> Any:
     raise AssertionError
 
 
-def _offline() -> bool:
+def no_network() -> bool:
+    """Whether the environment forbids asking servers (HF_HUB_OFFLINE)."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
