@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,27 @@ def attach_adapter(hf_model: nn.Module, base: Location, tuned: Location, revisio
             **wrong,
         )
     return peft_model.eval()
+
+
+def adapter_is_on(model: nn.Module) -> bool | None:
+    """Whether the adapter layers of a model work now; None where it has none that could tell."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layer = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), None)
+    return None if layer is None else not layer.disable_adapters
+
+
+@contextmanager
+def adapter_on(peft_model: Any) -> Iterator[None]:
+    """The adapter at work, also inside a block that has switched it off."""
+    if adapter_is_on(peft_model) is not False:
+        yield
+        return
+    peft_model.base_model.enable_adapter_layers()
+    try:
+        yield
+    finally:
+        peft_model.base_model.disable_adapter_layers()
 
 
 def check_adapter(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from palimpsest.errors import ConfigError, PairError
 from palimpsest.models.adapters import (
     adapter_config,
+    adapter_on,
     attach_adapter,
     check_adapter,
     make_known,
@@ -215,7 +217,9 @@ def _adapter_pair(
     prefix = adapter_prefix(peft_model)
     sides: dict[Side, LanguageModel] = {
         "base": LanguageModel(str(base), inner, sites, tokenizer, peft_model.disable_adapter, prefix),
-        "tuned": LanguageModel(str(tuned), inner, sites, tokenizer, adapter_prefix=prefix, adapter_on=True),
+        "tuned": LanguageModel(
+            str(tuned), inner, sites, tokenizer, partial(adapter_on, peft_model), prefix, adapter_on=True
+        ),
     }
     for model in sides.values():
         verify_sites(model)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from palimpsest.display.notebook import Card, Rich, Table
 from palimpsest.errors import ConfigError, PairError
 from palimpsest.models.capture import HEAD_INPUT, capture
 from palimpsest.models.sites import Head, SiteMap
@@ -25,7 +26,7 @@ class Reading(NamedTuple):
 
 
 @dataclass
-class LanguageModel:
+class LanguageModel(Rich):
     """One readable language model.
 
     Attributes:
@@ -44,6 +45,21 @@ class LanguageModel:
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
     adapter_prefix: str | None = None
     adapter_on: bool = False
+
+    def _card(self) -> Card:
+        return Card("Language model", self.name, facts=self._facts())
+
+    def _facts(self) -> dict[str, Any]:
+        parameters = sum(one.numel() for one in self.model.parameters())
+        return {
+            "architecture": type(self.model).__name__,
+            "parameters": parameters,
+            "layers": self.sites.n_layers,
+            "context": self.context,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "on": str(self.device),
+            "adapter": None if self.adapter_prefix is None else "on" if self.adapter_on else "off",
+        }
 
     @property
     def device(self) -> torch.device:
@@ -101,7 +117,7 @@ class LanguageModel:
         return Reading(found, head_input)
 
 
-class ModelPair:
+class ModelPair(Rich):
     """A base and a tuned model with one tokenizer; see `palimpsest.load_pair`.
 
     Attributes:
@@ -125,6 +141,14 @@ class ModelPair:
         self.tokenizer = tokenizer
         self.kind: Literal["full", "adapter"] = kind
         self.one_at_a_time = one_at_a_time and kind == "full"
+
+    def _card(self) -> Card:
+        held = [(side, self._loaded[side]) for side in SIDES if side in self._loaded]
+        columns = ["", "model", *(held[0][1]._facts() if held else ())]
+        rows = [(side, one.name, *one._facts().values()) for side, one in held]
+        facts = {"kind": self.kind, "in memory": "one at a time" if self.one_at_a_time else ""}
+        table = Table(columns, rows, sides=[side for side, _ in held])
+        return Card("Base and fine-tune", facts=facts, tables=[table], notes=self.notes)
 
     @property
     def base(self) -> LanguageModel:
