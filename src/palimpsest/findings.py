@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from palimpsest.display.notebook import Card, Measured, Rich, Table
+
 Range = tuple[float, float]
 """Lower and upper end of an interval."""
 
@@ -132,7 +134,7 @@ class DomainFinding:
 
 
 @dataclass(frozen=True)
-class CalibrationFinding:
+class CalibrationFinding(Rich):
     """What the nulls say of the whole audit."""
 
     battery: dict[str, Any]
@@ -161,6 +163,17 @@ class CalibrationFinding:
     """The spectrum nulls of this suspect: `nulls`, `drift`, and per corpus z and p of the features."""
     sentence: str = ""
 
+    def _card(self) -> Card:
+        table = _verdicts(self)
+        return Card(
+            "Calibration",
+            f"{self.nulls} {self.source} nulls at level {self.alpha:g}",
+            self.sentence,
+            {"declared": ", ".join(self.declared), "nulls by their text": self.families},
+            [table],
+            {"In words": [one.sentence for one in self.domains if one.sentence]},
+        )
+
     @property
     def undeclared(self) -> list[str]:
         """Corpora that the fine-tune specialised on, or shifted, without saying so."""
@@ -187,7 +200,7 @@ class ControlFinding:
 
 
 @dataclass(frozen=True)
-class AuditFinding:
+class AuditFinding(Rich):
     """The content of `audit.json`."""
 
     summary: str
@@ -216,6 +229,21 @@ class AuditFinding:
     latents: str = "latents.parquet"
     curve: str = "curve.parquet"
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        tables = [_corpora(self), _tasks(self)]
+        return Card(
+            "Audit",
+            f"{self.pair['tuned']} against {self.pair['base']} at {self.site}",
+            self.summary,
+            {
+                "k": self.k,
+                "intervals": f"{self.confidence:.0%} over documents",
+                "dictionary": self.dictionary.get("path"),
+            },
+            tables if self.calibration is None else [_verdicts(self.calibration), *tables],
+            notes=self.warnings,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -246,6 +274,49 @@ def _calibration(data: dict[str, Any]) -> CalibrationFinding:
     known = known_fields(CalibrationFinding, data)
     known["domains"] = domains
     return CalibrationFinding(**known)
+
+
+def _verdicts(found: CalibrationFinding) -> Table:
+    rows = []
+    for one in found.domains:
+        tests = [
+            None if test is None else Measured(test.residual, test.ci, signed=True)
+            for test in (one.features, one.loss)
+        ]
+        rows.append((one.name, one.verdict, one.kind, *tests, one.q))
+    columns = ("corpus", "verdict", "kind", "overlap beyond nulls", "Δloss beyond nulls", "q")
+    return Table(columns, rows, "Beside innocent fine-tunes")
+
+
+def _corpora(found: AuditFinding) -> Table:
+    overlap = f"shared top-{found.k} latents"
+    rows = [
+        (
+            one.name,
+            one.role,
+            one.documents,
+            Measured(one.intersection_mean.get(str(found.k)), one.ci.get(str(found.k)), "percent", 1),
+            Measured(one.delta_loss, one.delta_loss_ci, signed=True),
+            Measured(one.relative_drift, one.relative_drift_ci),
+        )
+        for one in found.datasets
+    ]
+    columns = ("corpus", "role", "documents", overlap, "Δloss, nats per token", "‖Δh‖/‖h‖")
+    return Table(columns, rows, "Every text")
+
+
+def _tasks(found: AuditFinding) -> Table:
+    rows = [
+        (
+            one.name,
+            Measured(one.idr, one.ci, "percent", 1, signed=True),
+            Measured(one.churn_ratio, one.churn_ratio_ci),
+            Measured(one.minimum_detectable_idr, None, "percent", 1),
+        )
+        for one in found.tasks
+    ]
+    columns = ("task", "IDR against general text", "churn ratio", "smallest IDR that would show")
+    return Table(columns, rows, "Tasks against general text", folded=found.calibration is not None)
 
 
 def known_fields(kind: type, data: dict[str, Any]) -> dict[str, Any]:

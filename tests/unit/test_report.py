@@ -263,7 +263,8 @@ def test_report_of_a_folder(tmp_path: Path) -> None:
     assert build_report(running) == running / "report.html"
     first, second = build_report(done), build_report(done)
     assert first == second == done / "report.html"
-    assert build_report(done, tmp_path) == tmp_path / "report.html"
+    assert build_report(done, tmp_path / "page.html") == tmp_path / "page.html"
+    assert build_report(done, tmp_path / "folder") == tmp_path / "folder" / "report.html"
     assert parts[0]["summary"] in first.read_text("utf-8")
     (done / "audit.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"audit\.json"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.artifacts import disk
+from palimpsest.display.notebook import Card, Rich
 from palimpsest.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -19,13 +20,18 @@ SCHEMA = 1
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Artifact(Rich):
     """A folder that one stage wrote, opened for reading."""
 
     path: Path
     """The folder."""
     manifest: dict[str, Any]
     """What the stage said about itself."""
+
+    def _card(self) -> Card:
+        from palimpsest.artifacts.contents import artifact_card
+
+        return artifact_card(self)
 
     @property
     def stage(self) -> str:

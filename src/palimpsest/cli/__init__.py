@@ -11,12 +11,17 @@ VERBS = {
     "harvest": "write a model's activations, or a pair's side by side, to a store",
     "train": "train a dictionary: of one model (sae), of a difference (diff-sae), of a pair (crosscoder)",
     "diff": "find the latents that a fine-tune made, test them, and measure which of them cause the change",
+    "examples": "collect for every latent where it fires, in both models, what it promotes and what fires beside it",
+    "label": "name latents, by Neuronpedia, a language model or their own tokens, and score every name",
+    "steer": "add, scale, clamp or ablate latents while a model writes; a sweep of strengths with a guard",
     "tune": "fine-tune a model through the latents of frozen dictionaries, as an adapter that peft loads",
     "explain": "rank the latents that a latent adapter changed, test them, prune it, compare it with another",
     "evaluate": "measure what a dictionary reconstructs, and what splicing it in does to the predictions",
     "convert": "write a dictionary in another library's format, or in ours; prove it on real text",
-    "report": "write the report of a finished run again",
+    "report": "write one page of one run or of many: verdict, evidence, method, tables, latents",
+    "serve": "browse runs and latents, read your own text, steer and watch training in a local web page",
     "info": "explain any artifact: a run, a store, a dictionary of any format; try a dictionary on real text",
+    "completion": "print a completion script for bash, zsh or fish",
 }
 """Every verb with its one line of help; the module of a verb has its name."""
 

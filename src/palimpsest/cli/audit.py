@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from palimpsest.audit.config import AuditConfig
 from palimpsest.cli import VERBS
 from palimpsest.cli.command import Display, emit, say, verb_app
+from palimpsest.display.text import visible
 from palimpsest.findings import AuditFinding
 from palimpsest.log import console
 
@@ -56,7 +57,8 @@ def show(result: dict[str, Any], report: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{result['pair']['tuned']} against {result['pair']['base']} at {result['site']}")
+    pair = result["pair"]
+    table = Table(title=visible(f"{pair['tuned']} against {pair['base']} at {result['site']}"))
     for column in (
         "corpus",
         "documents",
@@ -73,7 +75,7 @@ def show(result: dict[str, Any], report: str) -> None:
     for corpus in result["datasets"]:
         task = tasks.get(corpus["name"])
         table.add_row(
-            corpus["name"],
+            visible(corpus["name"]),
             str(corpus["documents"]),
             _number(corpus["intersection_mean"][str(result["k"])]),
             "" if task is None else _interval(task["idr"], task["ci"], percent=True),
@@ -127,7 +129,7 @@ def _show_verdicts(calibration: dict[str, Any]) -> None:
                 f"{test['p']:.1g}" if known and test["p"] is not None else "–",
             ]
         q = "–" if domain["q"] is None else f"{domain['q']:.1g}"
-        table.add_row(domain["name"], domain["verdict"], domain["kind"] or "–", *cells, q)
+        table.add_row(visible(domain["name"]), domain["verdict"], domain["kind"] or "–", *cells, q)
     width = None if console().is_terminal else 170
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)
     for domain in calibration["domains"]:

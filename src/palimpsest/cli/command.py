@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,21 @@ def emit(display: Display, data: Any, text: Callable[[], None]) -> None:
 def say(text: str = "") -> None:
     """Print a line for a person on standard output; control codes in it are shown, not obeyed."""
     sys.stdout.write(_shown(text) + "\n")
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on standard output, its first column to the left; control codes in it are shown, not obeyed."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(_shown(title)), title_justify="left")
+    for place, name in enumerate(columns):
+        table.add_column(Text(_shown(name)), justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*(Text(_shown(cell)) for cell in row))
+    width = None if log.console().is_terminal or "COLUMNS" in os.environ else 130
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
 
 
 def _say(text: str) -> None:

@@ -7,6 +7,7 @@ from cyclopts import Parameter
 
 from palimpsest.cli import VERBS
 from palimpsest.cli.command import Display, emit, say, verb_app
+from palimpsest.display.text import visible
 from palimpsest.evaluate.config import EvaluateConfig
 from palimpsest.evaluate.result import Density, Evaluation, ModelEvaluation, Splice
 from palimpsest.log import console
@@ -36,10 +37,10 @@ def show(found: Evaluation, path: str) -> None:
     described = found.dictionary
     k = "" if described["k"] is None else f", k {described['k']}"
     title = f"{described['n_latents']:,} latents ({described['activation']}{k}, view {found.view}) at {found.site}"
-    table = Table(title=title)
+    table = Table(title=visible(title))
     table.add_column("")
     for one in found.models:
-        table.add_column(f"{one.side}: {one.name}", justify="right")
+        table.add_column(visible(f"{one.side}: {one.name}"), justify="right")
     for name, cell in _rows(found):
         table.add_row(name, *(cell(one) for one in found.models))
     width = None if console().is_terminal else 120

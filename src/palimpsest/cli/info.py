@@ -13,32 +13,6 @@ from palimpsest.errors import ConfigError
 app = verb_app("info", VERBS["info"].capitalize() + ".")
 FLAT = Parameter(name="*")
 
-NOTABLE = {
-    "audit": ("audit.json", ("summary",)),
-    "diff": ("diff.json", ("summary", "method", "pair", "site", "classes", "tuned_only", "gap", "notes")),
-    "diff-compare": ("compare.json", ("pair", "site", "notes")),
-    "dictionaries": ("variants.json", ("site", "view", "dictionaries")),
-    "evaluation": ("evaluation.json", ("summary", "site", "view", "tokens", "masking", "notes")),
-    "explain": ("explain.json", ("summary", "adapter", "component", "concentration", "pruned", "notes")),
-    "explain-compare": ("compare.json", ("summary", "counts", "notes")),
-    "null-model": ("null.json", ("base", "tuned", "site", "alpha", "drift")),
-    "store": ("store.json", ("sites", "models", "d_model", "dtype")),
-    "tune": (
-        "tune.json",
-        (
-            "model",
-            "method",
-            "objective",
-            "objective_value",
-            "margin",
-            "general",
-            "parameters",
-            "latents_moved",
-        ),
-    ),
-}
-"""The file of each stage that says most, and its keys worth a line; a dictionary is told by its header."""
-
 ORIGIN = (
     "model",
     "base",
@@ -145,14 +119,10 @@ def _adapter(path: Path) -> dict[str, Any]:
 
 def _artifact(path: Path, display: Display) -> None:
     from palimpsest.artifacts import open_artifact
+    from palimpsest.artifacts.contents import contents
 
     artifact = open_artifact(path, allow_running=True)
-    manifest = artifact.manifest
-    name, keys = NOTABLE.get(artifact.stage, ("", ()))
-    content: dict[str, Any] = {}
-    if name in manifest["files"]:
-        data = artifact.read_json(name)
-        content = {key: data[key] for key in keys if key in data}
+    manifest, content = artifact.manifest, contents(artifact)
     emit(display, manifest | {"content": content}, lambda: _show(manifest, content))
 
 

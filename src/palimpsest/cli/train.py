@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from palimpsest.cli import VERBS
-from palimpsest.cli.command import Display, emit, say, verb_app
+from palimpsest.cli.command import Display, emit, print_table, verb_app
 from palimpsest.train.config import TrainPairConfig, TrainSaeConfig
 
 if TYPE_CHECKING:
@@ -55,22 +55,25 @@ def _train(config: TrainSaeConfig | TrainPairConfig, display: Display) -> None:
     emit(
         display,
         described if config.training.variant else described[0],
-        lambda: _show_all(made, paths),
+        lambda: _show(made, paths),
     )
 
 
-def _show_all(made: "dict[str, Dictionary]", paths: dict[str, Path]) -> None:
-    for name, dictionary in made.items():
-        _show(dictionary, str(paths[name]))
+def _show(made: "dict[str, Dictionary]", paths: dict[str, Path]) -> None:
+    """Print one line per dictionary; figures on held-out text where there was some."""
+    rows = []
+    for name, one in made.items():
+        metrics, held_out = one.metadata["metrics"], _held_out(one)
+        figures = (f"{metrics['fve']:.3f}", f"{metrics['l0']:.1f}", f"{metrics['dead_share']:.1%}")
+        rows.append((str(paths[name]), f"{one.n_latents:,} latents", *figures, *held_out.values()))
+    one = next(iter(made.values()))
+    columns = ("written to", "size", "FVE", "L0", "dead", *_held_out(one))
+    print_table(f"{one.activation}, view {one.view}, at {one.site}", columns, rows)
 
 
-def _show(dictionary: "Dictionary", path: str) -> None:
-    about = dictionary.metadata
-    metrics = about["metrics"]
-    say(
-        f"{dictionary.n_latents:,} latents at {dictionary.site}: FVE {metrics['fve']:.3f}, L0 {metrics['l0']:.1f}, "
-        f"dead {metrics['dead_share']:.1%}, in {path}"
-    )
-    for name, value in about.get("evaluation", {}).items():
-        if isinstance(value, float) and ("fve" in name or "recovered" in name):
-            say(f"  held out: {name.replace('_', ' ')} {value:.3f}")
+def _held_out(dictionary: "Dictionary") -> dict[str, str]:
+    return {
+        f"held out: {name.replace('_', ' ')}": f"{value:.3f}"
+        for name, value in dictionary.metadata.get("evaluation", {}).items()
+        if isinstance(value, float) and ("fve" in name or "recovered" in name)
+    }

@@ -19,6 +19,7 @@ from palimpsest.corpus.tokenize import (
     special_ids,
     token_roles,
 )
+from palimpsest.display.notebook import Card, Rich
 from palimpsest.errors import ConfigError, CorpusError
 from palimpsest.hub import hub_errors
 from palimpsest.options import CorpusOptions
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 
-class Corpus:
+class Corpus(Rich):
     """A stream of documents that can be read again and again.
 
     Args:
@@ -78,6 +79,18 @@ class Corpus:
     def __repr__(self) -> str:
         """The name and where it comes from."""
         return f"Corpus({self.name!r}, {', '.join(map(str, self.sources))})"
+
+    def _card(self) -> Card:
+        options, read = self.options, vars(self.stats) if self.stats.documents else {}
+        facts = {
+            "sources": [str(one) for one in self.sources],
+            "longest document": options.max_length,
+            "documents at most": options.max_documents,
+            "roles": options.roles,
+            "all positions": options.all_positions or None,
+            **{f"read: {name.replace('_', ' ')}": count for name, count in read.items() if count},
+        }
+        return Card("Corpus", self.name, facts=facts)
 
     def documents(self) -> Iterator[Document]:
         """The documents, cut at `max_length`; `stats` counts this pass.

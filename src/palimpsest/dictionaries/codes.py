@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from palimpsest.dictionaries.input_norm import TokenNorm
+from palimpsest.display.notebook import Card, Rich
 
 
 class TopList(NamedTuple):
@@ -28,7 +29,7 @@ class TopList(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Codes:
+class Codes(Rich):
     """Sparse activations of `tokens` tokens in compressed rows.
 
     A row is ordered strongest first, ties by the smaller latent. Only entries above zero count; codes of
@@ -76,6 +77,11 @@ class Codes:
             widths.pop() if len(widths) == 1 else None,
             TokenNorm(*(torch.cat(one) for one in zip(*norms, strict=True))) if norms else None,
         )
+
+    def _card(self) -> Card:
+        from palimpsest.dictionaries.card import codes_card
+
+        return codes_card(self)
 
     @property
     def tokens(self) -> int:

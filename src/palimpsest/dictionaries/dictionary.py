@@ -16,6 +16,7 @@ from palimpsest.dictionaries.checks import VIEWS, check_arguments, check_finite,
 from palimpsest.dictionaries.codes import Codes
 from palimpsest.dictionaries.input_norm import normalise, restore
 from palimpsest.dictionaries.layout import Layout, Options, bind
+from palimpsest.display.notebook import Rich, card_from
 from palimpsest.errors import DictionaryError
 
 __all__ = ["TILE_BYTES", "VIEWS", "Dictionary"]
@@ -24,7 +25,7 @@ TILE_BYTES = 16 << 20
 """Size of the pre-activations that encoding holds at once; small enough to stay close to the caches."""
 
 
-class Dictionary(nn.Module):
+class Dictionary(Rich, nn.Module):
     """A sparse dictionary that reads the raw activations of one model, of two, or their difference.
 
     Encoding computes `sum over models of (x_m - b_dec_m) @ W_enc_m + b_enc` (without b_dec where
@@ -42,6 +43,7 @@ class Dictionary(nn.Module):
     """
 
     threshold: Tensor | None
+    _card = card_from("palimpsest.dictionaries.card", "dictionary_card")
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from palimpsest.artifacts import Artifact, RunFolder, check_claim, input_entry, open_artifact
 from palimpsest.diff.compare_config import CompareConfig
 from palimpsest.diff.result import Diff, PatchRow
+from palimpsest.display.notebook import Card, Rich
 from palimpsest.errors import ArtifactError, ConfigError
 from palimpsest.findings import Range
 from palimpsest.options import config_dict
@@ -81,7 +82,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Rich):
     """The content of `compare.json`."""
 
     pair: dict[str, str]
@@ -97,6 +98,11 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    def _card(self) -> Card:
+        from palimpsest.diff.card import comparison_card
+
+        return comparison_card(self)
 
     @property
     def markdown(self) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from palimpsest.display.notebook import Card, Rich
 from palimpsest.findings import Range, known_fields
 
 SCHEMA = 1
@@ -114,7 +115,7 @@ class Attributed:
 
 
 @dataclass(frozen=True)
-class Diff:
+class Diff(Rich):
     """The content of `diff.json`."""
 
     summary: str
@@ -153,6 +154,11 @@ class Diff:
     notes: list[str] = field(default_factory=list)
     latents: str = "latents.parquet"
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        from palimpsest.diff.card import diff_card
+
+        return diff_card(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

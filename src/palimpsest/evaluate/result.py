@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from palimpsest.display.notebook import Card, Measured, Rich, Table
 from palimpsest.findings import Range, known_fields
 
 SCHEMA = 1
@@ -71,7 +72,7 @@ class ModelEvaluation:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Rich):
     """The content of `evaluation.json`."""
 
     summary: str
@@ -91,6 +92,24 @@ class Evaluation:
     models: list[ModelEvaluation]
     notes: list[str] = field(default_factory=list)
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        described = self.dictionary
+        known = {key: described.get(key) for key in ("path", "activation", "k")}
+        return Card(
+            "Evaluation",
+            f"of a dictionary at {self.site}, view {self.view}",
+            self.summary,
+            {
+                **known,
+                "latents": described.get("n_latents"),
+                "tokens": self.tokens,
+                "measured": self.masking,
+                "intervals": f"{self.confidence:.0%} over documents",
+            },
+            [_fidelity(self.models), _spliced(self.models)],
+            notes=self.notes,
+        )
 
     def side(self, side: str) -> ModelEvaluation:
         """The figures of one side.
@@ -128,6 +147,42 @@ class Evaluation:
         known = known_fields(cls, data)
         known["models"] = [_model(row) for row in data["models"]]
         return cls(**known)
+
+
+def _fidelity(models: list[ModelEvaluation]) -> Table:
+    rows = [
+        (
+            one.side,
+            one.name,
+            Measured(one.fve, one.fve_ci),
+            Measured(one.l0, digits=1),
+            f"{one.dead:,} ({one.dead_share:.1%})",
+            one.cosine,
+            one.norm_ratio,
+        )
+        for one in models
+    ]
+    columns = ("", "model", "FVE", "L0", "dead latents", "cosine", "‖x̂‖/‖x‖")
+    return Table(columns, rows, "What it reconstructs", sides=[one.side for one in models])
+
+
+def _spliced(models: list[ModelEvaluation]) -> Table:
+    rows, sides = [], []
+    for one in models:
+        if one.splice is None:
+            continue
+        splice = one.splice
+        shares = (
+            Measured(getattr(splice, f"{name}_recovered")[key], getattr(splice, f"{name}_recovered_ci")[key])
+            for name in ("ce", "kl")
+            for key in ("zero", "mean")
+        )
+        rows.append((one.side, splice.ce.get("original"), splice.ce.get("spliced"), *shares))
+        sides.append(one.side)
+    against = ("CE recovered, zero", "CE recovered, mean", "KL recovered, zero", "KL recovered, mean")
+    return Table(
+        ("", "CE as it is", "CE spliced", *against), rows, "What splicing it in keeps", sides, scale="table"
+    )
 
 
 def _model(row: dict[str, Any]) -> ModelEvaluation:

@@ -14,6 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from palimpsest.artifacts import file_sha256, open_artifact
+from palimpsest.display.notebook import Card, Rich, Table
 from palimpsest.errors import ArtifactError, ConfigError, SiteError
 from palimpsest.store.moments import Moments
 from palimpsest.store.probe import PROBE, Probe
@@ -39,7 +40,7 @@ class StoreBatch(NamedTuple):
     position: Int[Tensor, " tokens"]
 
 
-class ActivationStore:
+class ActivationStore(Rich):
     """Reads the activations that a `StoreWriter` wrote.
 
     Each shard's hash is checked when the shard is first read, so opening is quick whatever the size.
@@ -71,6 +72,25 @@ class ActivationStore:
             size = self._artifact.file(shard["name"]).stat().st_size
             if size != shard["bytes"]:
                 raise damaged(self.path / shard["name"], f"{size} bytes instead of {shard['bytes']}")
+
+    def _card(self) -> Card:
+        norms = [
+            (site, name, rms)
+            for site, moments in self.statistics.items()
+            for name, rms in zip(self.models, moments.rms_norm.tolist(), strict=True)
+        ]
+        facts: dict[str, Any] = {
+            "rows": self.rows,
+            "sites": self.sites,
+            "models": self.models,
+            "d model": self.d_model,
+            "dtype": self.index["dtype"],
+            "shards": len(self.shards),
+            "bytes": sum(shard["bytes"] for shard in self.shards),
+        }
+        sides = [name for _, name, _ in norms]
+        table = Table(("site", "model", "root mean square ‖h‖"), norms, sides=sides)
+        return Card("Store of activations", str(self.path), facts=facts, tables=[table])
 
     @property
     def rows(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from palimpsest.dictionaries.publish import plain_text
+from palimpsest.display.notebook import Card, Measured, Rich, Table
 
 SCHEMA = 1
 
@@ -51,7 +52,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Board:
+class Board(Rich):
     """The content of `leaderboard.json` or `baselines.json`.
 
     Attributes:
@@ -72,6 +73,39 @@ class Board:
     lines: list[Line]
     notes: list[str] = field(default_factory=list)
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        rows = [
+            (
+                line.name + (" *" if line.best else ""),
+                line.objective.get("before"),
+                line.objective.get("after"),
+                Measured(line.objective.get("difference"), line.objective.get("ci"), digits=4, signed=True),
+                Measured(line.kl, line.kl_ci, digits=4),
+                line.parameters,
+                line.latents_moved,
+                line.lr,
+                Measured(line.seconds, digits=0),
+            )
+            for line in self.lines
+        ]
+        columns = (
+            "adapter",
+            "before",
+            "after",
+            "difference",
+            "KL from the base",
+            "parameters",
+            "moved",
+            "lr",
+            "s",
+        )
+        facts = {
+            "base": self.model,
+            "objective": f"{self.kind}: {self.unit}, lower is better",
+            "rows": self.rows,
+        }
+        return Card(self.title, facts=facts, tables=[Table(columns, rows)], notes=self.remarks())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from palimpsest.display.notebook import Card, Measured, Rich, Table
 from palimpsest.findings import Range, known_fields
 
 Status = Literal["fits", "weak", "mismatch", "unexplained"]
@@ -68,7 +69,7 @@ class Cause:
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Rich):
     """Whether a dictionary fits, and what it looks like if not."""
 
     status: Status
@@ -89,6 +90,34 @@ class Verification:
     notes: list[str] = field(default_factory=list)
     seed: int = 0
     schema: int = SCHEMA
+
+    def _card(self) -> Card:
+        fits = [
+            (
+                one.side,
+                one.name,
+                Measured(one.fve, one.fve_ci),
+                one.recorded_fve,
+                Measured(one.l0, digits=1),
+                one.recorded_l0,
+                one.cosine,
+                one.norm_ratio,
+            )
+            for one in self.models
+        ]
+        columns = ("", "model", "FVE", "FVE recorded", "L0", "L0 recorded", "cosine", "‖x̂‖/‖x‖")
+        tried = [(one.label, one.fve, one.l0, one.ratio, one.accepted) for one in self.candidates]
+        return Card(
+            "Verification",
+            f"{self.status}: a dictionary at {self.site}, view {self.view}",
+            self.summary,
+            {"tokens": self.tokens, "documents": self.documents},
+            [
+                Table(columns, fits, "How it fits", sides=[one.side for one in self.models]),
+                Table(("read as", "FVE", "L0", "error / as read", "accepted"), tried, "Tried", folded=True),
+            ],
+            notes=[*(one.sentence for one in self.causes), *self.notes],
+        )
 
     @property
     def ok(self) -> bool:

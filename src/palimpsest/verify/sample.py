@@ -13,6 +13,7 @@ from palimpsest.corpus.batches import Masking
 from palimpsest.errors import SiteError
 from palimpsest.evaluate.views import EvaluatedSide, Source
 from palimpsest.harvest.stream import kept_places, read_side
+from palimpsest.log import progress
 from palimpsest.models import LanguageModel
 from palimpsest.verify.text import batches
 
@@ -93,20 +94,22 @@ def read_text(
     thin: dict[tuple[str, str], list[Tensor]] = {}
     document: list[Tensor] = []
     position: list[Tensor] = []
-    for number, (side, sites) in enumerate(wanted.items()):
-        model = model_of(source, side)
-        for batch in batches(text.documents, text.masking, TOKENS_PER_BATCH):
-            kept, _ = kept_places(batch)
-            if len(kept) == 0:
-                continue
-            for site, acts in read_side(model, batch, list(sites)).items():
-                rows = acts.to(device, torch.float32)
-                if site in whole:
-                    full.setdefault((side, site), []).append(rows)
-                thin.setdefault((side, site), []).append(rows[::every].clone() if every > 1 else rows)
-            if number == 0:
-                document.append(batch.document.reshape(-1)[kept])
-                position.append(kept % batch.input_ids.shape[1])
+    with progress("reading text for the dictionary") as advance:
+        for number, (side, sites) in enumerate(wanted.items()):
+            model = model_of(source, side)
+            for batch in batches(text.documents, text.masking, TOKENS_PER_BATCH):
+                kept, _ = kept_places(batch)
+                if len(kept) == 0:
+                    continue
+                for site, acts in read_side(model, batch, list(sites)).items():
+                    rows = acts.to(device, torch.float32)
+                    if site in whole:
+                        full.setdefault((side, site), []).append(rows)
+                    thin.setdefault((side, site), []).append(rows[::every].clone() if every > 1 else rows)
+                if number == 0:
+                    document.append(batch.document.reshape(-1)[kept])
+                    position.append(kept % batch.input_ids.shape[1])
+                advance(len(kept))
     everything = Sample(
         torch.cat(document), torch.cat(position), {key: torch.cat(rows) for key, rows in full.items()}
     )

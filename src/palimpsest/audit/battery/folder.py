@@ -14,6 +14,7 @@ from palimpsest.audit.battery.text import BatteryText, load_documents, masking_o
 from palimpsest.audit.overlap import match, overlap_counts, overlap_curve
 from palimpsest.corpus import Document
 from palimpsest.dictionaries import Codes, Dictionary, TokenNorm, load_dictionary
+from palimpsest.display.notebook import Card, Rich, Table
 from palimpsest.errors import ArtifactError, DictionaryError, PairError
 from palimpsest.harvest.cached import BaseSide, read_tokens, select_rows
 from palimpsest.harvest.stream import BaseCodes
@@ -38,7 +39,7 @@ class ReaderEntry:
     control: bool
 
 
-class Battery:
+class Battery(Rich):
     """A finished battery's folder.
 
     Raises:
@@ -60,6 +61,37 @@ class Battery:
     def __repr__(self) -> str:
         """Where it is and what it holds."""
         return f"Battery({self.path}, {', '.join(self.names)})"
+
+    def _card(self) -> Card:
+        corpora = [
+            (
+                row["name"],
+                row["role"],
+                row["documents"],
+                row["tokens"],
+                row["aside_documents"],
+                row["aside_tokens"],
+            )
+            for row in self.description["corpora"]
+        ]
+        columns = ("corpus", "role", "documents", "tokens", "set aside", "their tokens")
+        readers = [(one.name, one.site, one.path, one.control) for one in self.readers]
+        kept = {"losses": self.has_loss, "activations": self.has_activations}
+        return Card(
+            "Battery",
+            str(self.path),
+            facts={
+                "base": self.base.get("path"),
+                "dtype": self.base.get("dtype"),
+                "kept of the base": ["codes", *(name for name, there in kept.items() if there)],
+                "longest document": self.description["max_length"],
+                "calibrated with nulls": (self.path / "calibration" / "manifest.json").exists(),
+            },
+            tables=[
+                Table(columns, corpora),
+                Table(("dictionary", "site", "path", "control"), readers, "Read through", folded=True),
+            ],
+        )
 
     @property
     def names(self) -> list[str]:

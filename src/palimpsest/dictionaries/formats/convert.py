@@ -17,6 +17,7 @@ from palimpsest.dictionaries.formats.native import NATIVE
 from palimpsest.dictionaries.formats.sources import open_tensors
 from palimpsest.dictionaries.native import build, save
 from palimpsest.errors import ArtifactError, ConfigError, DictionaryError
+from palimpsest.log import progress
 
 WRITABLE = tuple(form.key for form in FORMATS if form.write is not None)
 """Formats that can be written."""
@@ -85,14 +86,17 @@ def convert_dictionary(
     if form is NATIVE and near in Path(out).resolve().parents:
         raise ArtifactError(f"{out} is inside the dictionary that is converted", fix="Choose another --out")
     check_free(Path(out), overwrite=overwrite)
-    dictionary = load_dictionary(source, dtype=dtype, revision=revision)
-    if site is not None:
-        dictionary.metadata["site"] = site
-    if format_of(to) is NATIVE:
-        lost = write_dictionary(dictionary, out, overwrite=overwrite, source=source)
-        error = _agreed(dictionary, load_dictionary(out), NATIVE)
-    else:
-        lost, error = _write(dictionary, out, format_of(to), overwrite=overwrite)
+    with progress("reading, writing, reading back", 2, "steps") as advance:
+        dictionary = load_dictionary(source, dtype=dtype, revision=revision)
+        advance()
+        if site is not None:
+            dictionary.metadata["site"] = site
+        if format_of(to) is NATIVE:
+            lost = write_dictionary(dictionary, out, overwrite=overwrite, source=source)
+            error = _agreed(dictionary, load_dictionary(out), NATIVE)
+        else:
+            lost, error = _write(dictionary, out, format_of(to), overwrite=overwrite)
+        advance()
     return Converted(
         Path(out), form.name, format_of(to).name, lost, list(header.notes), dictionary.site, error
     )
