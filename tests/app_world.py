@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from palimpsest.artifacts import RunFolder, input_entry
 from palimpsest.web import ServeConfig, create_app
 from palimpsest.web.bench import Bench, Place
 
+OWN = {"Sec-Fetch-Site": "same-origin"}
 TOKEN, PORT = "the-token", 8765
 HOST = f"127.0.0.1:{PORT}"
 
@@ -154,3 +157,32 @@ def client_of(app: Any, entered: bool = True) -> Any:
     if entered:
         assert client.get(f"/?token={TOKEN}").status_code == 303
     return client
+
+
+def ids(client: Any) -> dict[str, str]:
+    """Ids of the runs by their names."""
+    found = re.findall(r'href="/run/([0-9a-f]{12})"><bdi>([^<]*)</bdi>', client.get("/").text)
+    return {name: id for id, name in found}
+
+
+def latents_on(page: str) -> list[int]:
+    return [int(one) for one in re.findall(r'/latent/(\d+)\?[^"]*at=', page)]
+
+
+def words(page: str) -> str:
+    """The text of a page."""
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+
+
+def send(client: Any, path: str, **fields: Any) -> str:
+    answer = client.post(path, data=fields, headers=OWN)
+    assert answer.status_code == 303, words(answer.text)
+    return answer.headers["location"]
+
+
+def done(client: Any, job: str) -> str:
+    for _ in range(200):
+        if "data-over" in client.get(job, headers={"X-Fragment": "1"}).text:
+            return job
+        time.sleep(0.02)
+    raise AssertionError("the job is not over")

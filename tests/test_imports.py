@@ -23,7 +23,10 @@ print(json.dumps([name for name in ("torch", "transformers", "peft", "datasets")
         "palimpsest.options",
         "palimpsest.artifacts",
         "palimpsest.findings",
+        "palimpsest.display.notebook",
+        "palimpsest.latents",
         "palimpsest.report",
+        "palimpsest.web",
         "palimpsest.cli",
     ],
 )

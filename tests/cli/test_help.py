@@ -11,6 +11,9 @@ from palimpsest.audit.config import AuditConfig
 from palimpsest.cli import VERBS, main
 from palimpsest.evaluate.config import EvaluateConfig
 from palimpsest.harvest.config import HarvestConfig
+from palimpsest.interpret.examples.config import ExamplesConfig
+from palimpsest.interpret.labels.config import LabelConfig
+from palimpsest.interpret.steering.config import SteerConfig
 from palimpsest.train.config import TrainPairConfig, TrainSaeConfig
 from palimpsest.tune.explain_config import ExplainCompareConfig, ExplainConfig
 
@@ -18,9 +21,12 @@ HEAVY = ("torch", "transformers", "cyclopts", "rich", "numpy", "pyarrow", "scipy
 CONFIGS = {
     ("audit",): AuditConfig,
     ("evaluate",): EvaluateConfig,
+    ("examples",): ExamplesConfig,
     ("explain",): ExplainConfig,
     ("explain", "compare"): ExplainCompareConfig,
     ("harvest",): HarvestConfig,
+    ("label",): LabelConfig,
+    ("steer",): SteerConfig,
     ("train", "sae"): TrainSaeConfig,
     ("train", "diff-sae"): TrainPairConfig,
     ("train", "crosscoder"): TrainPairConfig,
@@ -96,7 +102,7 @@ def test_every_verb_has_help(verb, capsys):
 @pytest.mark.parametrize("verb", CONFIGS, ids=" ".join)
 def test_help_names_every_config_field_with_its_meaning(verb, capsys):
     flags = _flags(CONFIGS[verb])
-    assert {"--out", "--seed", "--max-length", "--dtype"} <= set(flags)
+    assert {"--out", "--seed"} <= set(flags) and ({"--max-length", "--dtype"} <= set(flags) or verb == ("label",))
     main([*verb, "--help"])
     shown = capsys.readouterr().out
     rows = [line.strip("│* ").rstrip() for line in shown.splitlines() if line.startswith("│")]
