@@ -40,6 +40,7 @@ def demo(
     """
     from palimpsest.demo.pair import make_pair
     from palimpsest.report import build_report
+    from palimpsest.report.build import write_report
 
     started = time.perf_counter()
     pair = make_pair(out / "pair", seed=seed, scale=scale)
@@ -52,6 +53,8 @@ def demo(
     }
     reports = {name: build_report(artifact.path) for name, artifact in audits.items()}
     findings = {name: artifact.read_json("audit.json") for name, artifact in audits.items()}
+    latents = _latents(pair, dictionary, out, seed)
+    whole = write_report([audits["tuned"].path, *latents], out / "report", overwrite=True)
     proof = _proof(pair)
     result = {
         "seconds": time.perf_counter() - started,
@@ -63,6 +66,7 @@ def demo(
         },
         "summaries": {name: finding["summary"] for name, finding in findings.items()},
         "reports": {name: str(path) for name, path in reports.items()},
+        "report": str(whole.page),
     }
     emit(display, result, lambda: _show(result, findings))
 
@@ -134,6 +138,24 @@ def _audit(pair: Any, model: Path, battery: Path, folder: Path, seed: int, decla
     )
 
 
+def _latents(pair: Any, dictionary: Path, out: Path, seed: int) -> list[Path]:
+    """Where every latent fires in both models, and labels made of their own tokens."""
+    from palimpsest.interpret import ExamplesConfig, LabelConfig, run_examples, run_label
+
+    examples, labels = out / "examples", out / "labels"
+    run_examples(
+        ExamplesConfig(
+            str(pair.base),
+            str(pair.tuned),
+            dictionary=str(dictionary),
+            corpus=tuple(f"{name}={path}" for name, path in pair.corpora.items()),
+            run=_run(examples, "examples", seed, retrain=True),
+        )
+    )
+    run_label(LabelConfig(str(examples), provider="tokens", run=_run(labels, "labels", seed, retrain=True)))
+    return [examples, labels]
+
+
 def _run(folder: Path, stage: str, seed: int, *, retrain: bool) -> Any:
     """Reuse a finished folder unless what it stands on is new."""
     from palimpsest.artifacts import open_artifact
@@ -193,4 +215,6 @@ def _show(result: Mapping[str, Any], findings: Mapping[str, Any]) -> None:
         flagged = [corpus for corpus, verdict in verdicts.items() if verdict == "undeclared"]
         seen = [corpus for corpus, verdict in verdicts.items() if verdict == "declared-and-seen"]
         say(f"  verdict on {name}: declared and seen: {_listed(seen)}; undeclared: {_listed(flagged)}")
-    say(f"{result['seconds']:.0f} s. Open {result['reports']['tuned']}")
+    folder = Path(result["report"]).parents[1]
+    say(f"{result['seconds']:.0f} s. Open {result['report']}")
+    say(f"In a browser, with search, your own text and steering: palimpsest serve {folder} --model")
