@@ -77,7 +77,7 @@ def test_one_model_and_a_file_of_options(call, out, tmp_path):
         ((*MODELS, *LATENT), "nothing to steer on"),
         ((*MODELS, "--latent", "64:ablate", *PROMPT), "no latent 64"),
         ((*MODELS, "--latent", "3:add=1", "3:ablate", *PROMPT), "changed twice"),
-        ((*MODELS, "--latent", "3:add=nan", *PROMPT), "not finite"),
+        ((*MODELS, "--latent", "3:add=nan", *PROMPT), "no number that a model"),
         ((*MODELS, "--latent", "3:amplify=2", *PROMPT), "no change 'amplify'"),
         ((*MODELS, *LATENT, *PROMPT, "--site", "resid_post.9"), "resid_post.9"),
         ((*MODELS, *LATENT, *PROMPT, "--sweep", "1"), "--corpus"),

@@ -488,6 +488,18 @@ def test_the_prompt_is_chat_or_text_and_must_fit(world):
         encode_prompt(lone, "hello", chat=True)
 
 
+def test_rules_of_a_checkpoint_are_no_part_of_the_comparison(world, monkeypatch):
+    tool = steerer(world.pair, make())
+    options: Any = {"max_new_tokens": 20, "seed": 3}
+    plain = [tool.generate("the mill", "base", **options, temperature=heat) for heat in (0.0, 1.5)]
+    own = world.pair.base.model.generation_config
+    rules = {"no_repeat_ngram_size": 1, "min_p": 0.9, "typical_p": 0.1, "suppress_tokens": list(range(300))}
+    for name, value in rules.items():
+        monkeypatch.setattr(own, name, value)
+    found = [tool.generate("the mill", "base", **options, temperature=heat) for heat in (0.0, 1.5)]
+    assert found == plain and world.pair.base.model.generation_config is own
+
+
 def test_writing_ends_at_the_end_of_the_sequence(world):
     made = make("relu")
     head = world.pair.base.model.get_output_embeddings().weight
@@ -506,8 +518,10 @@ def test_writing_ends_at_the_end_of_the_sequence(world):
         ("3:scale", "needs a value"),
         ("3:zero", "There is no change 'zero'"),
         ("3:ablate=1", "takes no value"),
-        ("3:add=nan", "not finite"),
-        ("3:clamp=inf", "not finite"),
+        ("3:add=nan", "no number that a model"),
+        ("3:clamp=inf", "no number that a model"),
+        ("3:add=1e39", "no number that a model"),
+        ("9" * 5000 + ":ablate", "no change"),
         ("3:add=four", "no number"),
         (["3:add=1", "3:scale=2"], "changed twice"),
         (["0:ablate", "0:scale=2"], "changed twice"),
@@ -518,6 +532,13 @@ def test_what_is_no_change_is_refused(world, text, words):
     tool = steerer(world.pair, make())
     with pytest.raises(ConfigError, match=words), tool.steering("base", text):
         pytest.fail("it was accepted")
+
+
+def test_no_number_is_too_long_to_be_refused():
+    with pytest.raises(ConfigError, match="no number that a model"):
+        Change(3, "add", 10**400)
+    with pytest.raises(ConfigError, match="no number that a model"):
+        Change(3, "add", 10**5000)
 
 
 def test_changes_are_read_as_they_are_written():

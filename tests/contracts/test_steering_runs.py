@@ -145,6 +145,13 @@ def test_intervals_are_over_documents_and_paired():
     assert few.perplexity_ratio_ci is None and few.kl_ci is None
 
 
+def test_a_ratio_beyond_every_number_has_no_interval():
+    sums = np.stack([np.full(9, 1.0), np.full(9, 3.0), np.full(9, 900.0), np.full(9, 5.0)], 1)
+    (found,) = costs(DocumentTable(np.arange(9), sums), Settings())
+    assert found.perplexity_ratio is None and found.perplexity_ratio_ci is None and found.kl == 5.0
+    assert largest_ok([(1.0, found)], 1.5) is None
+
+
 def cost(ratio, upper=None):
     return Cost(3.0, ratio, None if upper is None else (ratio, upper), 0.1, None)
 

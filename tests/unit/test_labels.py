@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import threading
 import time
+from dataclasses import replace
+from email.message import Message
 from urllib.error import HTTPError, URLError
 
 import numpy as np
@@ -29,7 +33,7 @@ from palimpsest.interpret.labels.run import LabelsUnfinishedError, run_label
 from palimpsest.interpret.labels.scoring import Score, deal_out, mean_score, score, wilson
 from palimpsest.interpret.labels.tokens import TokenJudge, TokenLabeller, quoted_tokens, token_label
 from palimpsest.interpret.labels.work import MOST_FAILURES, Trouble, answers
-from palimpsest.labelcache import LENGTH, LabelCache
+from palimpsest.labelcache import LENGTH, LabelCache, Wanted
 from palimpsest.latents import Example, LatentIndex, read_labels
 from palimpsest.options import RunOptions
 
@@ -91,6 +95,18 @@ def test_half_of_each_kind_is_held_back_and_no_document_is_on_both_sides():
     assert len({tuple(one.document for one in split_examples(rows, 1, seed)[0]) for seed in range(8)}) > 4
 
 
+def test_a_text_that_comes_again_is_not_held_back_where_it_was_shown():
+    def one(document, first):
+        ids = [first, *range(1, 10)]
+        row = [0.0] * 9 + [2.0]
+        return Example(0, 0, "c", document, 0, 9, 2.0, None, None, ["x"] * 10, ids, row, None, None)
+
+    shown, held = split_examples([one(i, i) for i in range(8)], 3, 0)
+    assert len(shown) == 4 and held == []
+    shown, held = split_examples([replace(one(i, i), ids=[i] * 10) for i in range(8)], 3, 0)
+    assert len(shown) == len(held) == 4
+
+
 def test_kinds_with_one_document_each_are_shared_out():
     rows = [_example(kind, kind) for kind in range(6)]
     for latent in range(10):
@@ -130,6 +146,8 @@ def test_without_both_models_there_is_no_change(tmp_path):
     assert len(choose_latents(index, (), 3, None)) == 3
     with pytest.raises(ConfigError, match="no rates of both models"):
         choose_latents(index, (), 3, "change")
+    with pytest.raises(ConfigError, match="no value for any"):
+        choose_latents(index, (), 3, "rate_tuned")
 
 
 # Scores
@@ -268,6 +286,9 @@ def test_the_marks_occur_once():
         ),
         ('{"label": "a\\u001b[31mred\\u202e\\n\\u0000b"}', "a [31mred b"),
         ('{"label": ""}', None),
+        ('{"label": null}', None),
+        ('```json\n{\n  "name": "rivers"\n}\n```', None),
+        ("{braces} in code", "{braces} in code"),
         ('{"label": "the token \\" a\\""}', 'the token " a"'),
         ('"a" and "b"', '"a" and "b"'),
         ("**rivers**", "rivers"),
@@ -519,6 +540,28 @@ def test_an_echoed_key_does_not_become_a_label():
     with serving(lambda request: said(f'{{"label": "{KEY} is the key"}}')) as stub:
         labeller = EndpointLabeller(_endpoint(stub))
         assert labeller.label(Evidence(1, (_example(0, 1),))) == "[key] is the key"
+    spelt = "".join(f"\\u{ord(c):04x}" for c in KEY)
+    with serving(lambda request: said(f'{{"label": "{spelt} is the key"}}')) as stub:
+        labeller = EndpointLabeller(_endpoint(stub))
+        assert labeller.label(Evidence(1, (_example(0, 1),))) == "[key] is the key"
+
+
+def test_a_refusal_in_drops_does_not_block():
+    class DropsError(HTTPError):
+        def read1(self, most):
+            time.sleep(0.02)
+            return b" "
+
+        def read(self, most):
+            time.sleep(0.02 * most)
+            return b""
+
+    endpoint = Endpoint("http://localhost:1/v1", "m", timeout=0.1)
+    started = time.monotonic()
+    assert (
+        endpoint._refusal(DropsError("", 500, "", Message(), io.BytesIO())) == "500"
+        and time.monotonic() - started < 20
+    )
 
 
 @pytest.mark.parametrize("key", ["a\nb", " a", "", "é", "a\x00"])
@@ -549,6 +592,31 @@ def test_newer_models_are_asked_their_way():
         assert endpoint.ask([], 7) == "answer"
         assert endpoint.ask([], 7) == "answer" and len(stub.requests) == 4
     assert stub.requests[-1][1] == {"model": "m", "messages": [], "max_completion_tokens": 7}
+
+
+def test_newer_models_are_asked_their_way_by_all_threads_and_without_further_attempts():
+    asked = threading.Barrier(4, timeout=20)
+
+    def ask(endpoint):
+        asked.wait()
+        return endpoint.ask([], 7)
+
+    class Together(Endpoint):
+        def _post(self, *question):
+            # All have put the question in the old way before any of them learns of the new one.
+            if question[-1].limit == "max_tokens":
+                asked.wait()
+            return super()._post(*question)
+
+    def answer(request):
+        if "max_tokens" in request:
+            return 400, {}, b'{"error": {"message": "Use max_completion_tokens instead"}}'
+        return said("answer")
+
+    with serving(answer) as stub:
+        endpoint = Together(stub.address, "m", KEY, retries=0)
+        found = dict(answers(range(4), lambda item: ask(endpoint), Trouble(), 4))
+    assert found == dict.fromkeys(range(4), "answer")
 
 
 def test_a_judge_is_asked_about_some_texts_at_a_time():
@@ -843,6 +911,18 @@ def test_offline_nothing_is_asked(single, tmp_path, monkeypatch):
     assert asked == []
 
 
+def test_offline_what_was_said_earlier_is_found_wherever_it_stands(single, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cache = LabelCache()
+    for latent in (0, 5):
+        cache.put(Wanted(SOURCE, latent, SOURCE), f"words {latent}")
+    cache.save()
+    config = _config(single, tmp_path / "run", "neuronpedia", accept_partial=True)
+    found = run_label(config)
+    assert [(row.latent, row.label) for row in found.rows] == [(5, "words 5"), (0, "words 0")]
+    assert found.counts["missing"] == N - 2
+
+
 def test_a_dead_neuronpedia_is_left_alone_and_what_it_said_is_kept(single, tmp_path, online):
     asked = []
 
@@ -939,6 +1019,18 @@ def test_a_question_that_does_not_fit_is_refused(tiny_llama):
     model = LocalModel(load_model(tiny_llama()))
     with pytest.raises(ConfigError, match="does not fit"):
         model.label(Evidence(1, tuple(_example(0, i) for i in range(40))))
+
+
+def test_a_short_context_sees_fewer_examples(tiny_llama):
+    from palimpsest.interpret.labels.local import LABEL_TOKENS, LocalModel
+    from palimpsest.models import load_model
+
+    examples = tuple(_example(0, i) for i in range(40))
+    wide = LocalModel(load_model(tiny_llama(max_position_embeddings=8192)))
+    lengths = [wide._question(Evidence(1, examples[:count]))[0].shape[1] for count in (10, 20)]
+    short = LocalModel(load_model(tiny_llama(max_position_embeddings=lengths[0] + LABEL_TOKENS)))
+    assert lengths[0] < lengths[1]
+    assert short._question(Evidence(1, examples))[0].shape[1] == lengths[0]
 
 
 def test_a_run_with_a_local_model(single, tmp_path, tiny_llama):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import latents_fixture as fixture
 from palimpsest.artifacts import RunFolder
 from palimpsest.errors import ArtifactError, ConfigError
-from palimpsest.latents import LatentIndex, Query
+from palimpsest.latents import LatentIndex, Query, read_labels, schema
 from palimpsest.latents.schema import EXAMPLES, LATENTS
 
 
@@ -151,3 +153,40 @@ def test_folders_that_are_no_examples_are_refused(folder: Path, labels: Path, tm
         run.finish()
     with pytest.raises(ArtifactError, match=r"holds no examples\.json"):
         LatentIndex.open(tmp_path / "empty")
+
+
+def test_labels_of_another_dictionary_are_left_out(folder: Path, tmp_path: Path, caplog) -> None:
+    other = tmp_path / "other"
+    about = {"schema": 1, "dictionary": {"path": "other", "sha256": "1" * 64}}
+    row = {"latent": 3, "label": "of another", "provider": "tokens"}
+    table = pa.Table.from_pylist([row], schema=schema.label_schema())
+    with RunFolder(other, stage="labels", config={}, inputs={}) as run:
+        run.write_json("labels.json", about)
+        run.write_table("labels.parquet", table)
+        run.finish()
+    with caplog.at_level("WARNING", logger="palimpsest"):
+        index = LatentIndex.open(folder, [other])
+    assert index.row(3)["label"] is None
+    assert read_labels([other])[3].text == "of another"
+
+
+def test_examples_that_have_gone_or_are_damaged_are_an_error_of_ours(tmp_path: Path) -> None:
+    gone, damaged = (fixture.make_examples(tmp_path / name, 20) for name in ("gone", "damaged"))
+    index = LatentIndex.open(gone)
+    shutil.rmtree(gone)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        index.examples(3)
+    (damaged / "examples.parquet").write_bytes(b"junk")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        LatentIndex.open(damaged).examples(3)
+
+
+def test_half_a_surrogate_pair_is_found_nowhere(index: LatentIndex) -> None:
+    assert index.search(Query("\ud800")).total == 0
+
+
+def test_token_ids_may_be_as_large_as_they_like(tmp_path: Path) -> None:
+    from palimpsest.latents.example_file import ExampleFile
+
+    vocab = pa.table({"id": [3, 2**31 - 1, 5], "text": ["three", "last", None]}, schema=schema.vocab_schema())
+    assert ExampleFile(tmp_path, [], vocab).text([2**31 - 1, 3, 5, -1]) == ["last", "three", "⟨5⟩", "⟨-1⟩"]

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from palimpsest.errors import ArtifactError
 from palimpsest.latents.schema import SIGNALS
 
 # Its functions are made at import, where a type checker does not see them.
@@ -72,21 +73,29 @@ class ExampleFile:
         self._last: tuple[tuple[int, int], pa.Table] | None = None
 
     def read(self, latent: int, kind: int | None = None, limit: int | None = None) -> list[Example]:
-        """Examples of a latent in the order of the file; none of a latent that is not in it."""
-        rows = [row for row in self._rows(latent) if kind is None or row["kind"] == kind]
-        return [self._example(row) for row in (rows if limit is None else rows[:limit])]
+        """Examples of a latent in the order of the file; none of a latent that is not in it.
+
+        Raises:
+            ArtifactError: The file has gone or is damaged.
+        """
+        try:
+            rows = [row for row in self._rows(latent) if kind is None or row["kind"] == kind]
+            return [self._example(row) for row in (rows if limit is None else rows[:limit])]
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"The examples of latent {latent} in {self._path} cannot be read",
+                found=error,
+                fix="Make the folder again with palimpsest examples",
+            ) from error
 
     def text(self, ids: Sequence[int]) -> list[str]:
         """Tokens as they are shown."""
-        return [self._texts[one] if 0 <= one < len(self._texts) else f"⟨{one}⟩" for one in ids]
+        return [self._texts.get(one, f"⟨{one}⟩") for one in ids]
 
     @cached_property
-    def _texts(self) -> list[str]:
-        ids, texts = self._vocab["id"].to_numpy(), self._vocab["text"].to_pylist()
-        found = [""] * (int(ids.max()) + 1 if len(ids) else 0)
-        for one, text in zip(ids.tolist(), texts, strict=True):
-            found[one] = text
-        return found
+    def _texts(self) -> dict[int, str]:
+        pairs = zip(self._vocab["id"].to_pylist(), self._vocab["text"].to_pylist(), strict=True)
+        return {one: text for one, text in pairs if text is not None}
 
     @cached_property
     def _file(self) -> pq.ParquetFile:

@@ -87,7 +87,9 @@ class LatentIndex(Rich):
         artifact = open_artifact(path, stage=STAGE, verify=False)
         self.path = artifact.path
         self.about: dict[str, Any] = artifact.read_json(ABOUT)
-        self._labels = read_labels(labels)
+        dictionary = self.about.get("dictionary")
+        known = dictionary.get("sha256") if isinstance(dictionary, dict) else None
+        self._labels = read_labels(labels, known)
         self._table = self._with_labels(artifact.read_table(LATENTS))
         self.latents = self._table["latent"].to_numpy()
         scalar = (pa.types.is_integer, pa.types.is_floating)
@@ -210,7 +212,9 @@ class LatentIndex(Rich):
             exact = self.latents == int(text)
             if exact.any():
                 return exact
-        return _true(pc.match_substring(self._haystack, text[:LONGEST_TEXT].lower()))
+        # Arrow refuses halves of surrogate pairs, which occur in no token's text either.
+        wanted = text[:LONGEST_TEXT].lower().encode(errors="replace").decode()
+        return _true(pc.match_substring(self._haystack, wanted))
 
     def _order(self, name: str, descending: bool) -> np.ndarray:
         with self._lock:

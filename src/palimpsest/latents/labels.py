@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from palimpsest.artifacts import open_artifact
-from palimpsest.latents.schema import LABELS, LABELS_STAGE
+from palimpsest.latents.schema import LABELS, LABELS_ABOUT, LABELS_STAGE
+from palimpsest.log import log
 
 
 @dataclass(frozen=True)
@@ -33,15 +35,24 @@ class Label:
     similar: float | None = None
 
 
-def read_labels(folders: Sequence[str | Path]) -> dict[int, Label]:
+def read_labels(folders: Sequence[str | Path], dictionary: str | None = None) -> dict[int, Label]:
     """Labels by latent; of two labels of one latent the one with the better score counts, else the later one.
+
+    Args:
+        folders: Written by `palimpsest label`.
+        dictionary: Hash of the dictionary whose latents are meant. Labels of another one are left out, with a warning:
+            its latents have the same numbers and other meanings. A folder that tells no hash is taken at its word.
 
     Raises:
         ArtifactError: A folder is unfinished, edited or holds no labels.
     """
     found: dict[int, Label] = {}
     for folder in folders:
-        table = open_artifact(folder, stage=LABELS_STAGE, verify=False).read_table(LABELS)
+        artifact = open_artifact(folder, stage=LABELS_STAGE, verify=False)
+        if dictionary is not None and _strange(artifact.read_json(LABELS_ABOUT), dictionary):
+            log.warning("The labels in %s are those of another dictionary: they are left out.", folder)
+            continue
+        table = artifact.read_table(LABELS)
         for row in table.to_pylist():
             if not row["label"]:
                 continue
@@ -62,3 +73,10 @@ def read_labels(folders: Sequence[str | Path]) -> dict[int, Label]:
             ):
                 found[row["latent"]] = label
     return found
+
+
+def _strange(about: Any, dictionary: str) -> bool:
+    """Whether labels say that they are another dictionary's."""
+    labelled = about.get("dictionary") if isinstance(about, dict) else None
+    said = labelled.get("sha256") if isinstance(labelled, dict) else None
+    return said is not None and said != dictionary

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from email.message import Message
 from http.client import HTTPException
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
@@ -31,6 +32,13 @@ LABEL_TOKENS, JUDGE_TOKENS = 200, 400
 """Tokens of an answer at most."""
 TOGETHER = 10
 """Texts in one question to a judge."""
+
+
+class _Manner(NamedTuple):
+    """How a server wants to be asked: the name of the answer's limit, and whether it takes a temperature."""
+
+    limit: str
+    temperature: bool
 
 
 class Endpoint:
@@ -69,7 +77,7 @@ class Endpoint:
         # A proxy sees what goes over plain http.
         direct = parts.scheme == "http" or parts.hostname in LOOPBACK
         self._opener = build_opener(_NoRedirect(), *([ProxyHandler({})] if direct else []))
-        self._limit, self._temperature = "max_tokens", True
+        self._manner, self._lock = _Manner("max_tokens", True), threading.Lock()
 
     def ask(self, messages: Sequence[dict[str, str]], most: int) -> str:
         """The model's answer at temperature 0.
@@ -81,13 +89,15 @@ class Endpoint:
         Raises:
             ProviderError: No answer after all attempts, or one that is none.
         """
-        for attempt in range(self._retries + 1):
-            last = attempt == self._retries
+        attempt = 0
+        while True:
+            last, manner = attempt >= self._retries, self._manner
             try:
-                return self._answer(self._post(messages, most))
+                return self._answer(self._post(messages, most, manner))
             except HTTPError as error:
                 found = self._refusal(error)
-                if error.code == 400 and self._adapt(found):
+                # No attempt: the question has not been put yet. Each way of asking is left once at most.
+                if error.code == 400 and self._adapt(found, manner):
                     continue
                 if error.code not in BUSY or last:
                     fatal = error.code in FATAL
@@ -97,14 +107,14 @@ class Endpoint:
                 # A server that says nothing for the whole time is not asked as often as one that is busy.
                 if last or (isinstance(error, TimeoutError) and attempt >= 1):
                     raise ProviderError(
-                        f"{self.address} gives no answer", found=self._clear(error) or type(error).__name__
+                        f"{self.address} gives no answer", found=self.clear(error) or type(error).__name__
                     ) from None
                 self._sleep(_wait(None, attempt))
-        raise ProviderError(f"{self.address} gives no answer", found="all attempts were refused")
+            attempt += 1
 
-    def _post(self, messages: Sequence[dict[str, str]], most: int) -> Any:
-        body: dict[str, Any] = {"model": self.model, "messages": list(messages), self._limit: most}
-        if self._temperature:
+    def _post(self, messages: Sequence[dict[str, str]], most: int, manner: _Manner) -> Any:
+        body: dict[str, Any] = {"model": self.model, "messages": list(messages), manner.limit: most}
+        if manner.temperature:
             body["temperature"] = 0
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         headers["User-Agent"] = "palimpsest-lm"
@@ -136,27 +146,30 @@ class Endpoint:
             if error.code in (401, 403):
                 return f"{error.code}, the key is refused" if self._key else f"{error.code}, it wants a key"
             try:
-                page = json.loads(error.read(1 << 16))
+                page = json.loads(_read(error, time.monotonic() + self._timeout))
             except (OSError, HTTPException, ValueError):
                 page = None
         inner = page.get("error", page) if isinstance(page, dict) else page
         said = inner.get("message") if isinstance(inner, dict) else inner
-        words = self._clear(said) if said else None
+        words = self.clear(said) if said else None
         return f"{error.code}" + (f", {words}" if words else "")
 
-    def _clear(self, said: object) -> str | None:
+    def clear(self, said: object) -> str | None:
+        """One short line of what was said, without the key; None where nothing is left."""
         text = str(said)
         return tidy(text if self._key is None else text.replace(self._key, "[key]"))
 
-    def _adapt(self, said: str) -> bool:
-        """Ask as newer models want it, when the server says so; False when that was done already."""
-        if self._limit == "max_tokens" and "max_completion_tokens" in said:
-            self._limit = "max_completion_tokens"
-            return True
-        if self._temperature and "temperature" in said:
-            self._temperature = False
-            return True
-        return False
+    def _adapt(self, said: str, asked: _Manner) -> bool:
+        """Ask as newer models want it, when the server says so; False when it was asked like that."""
+        with self._lock:
+            # Another thread may have learnt it while this question was under way.
+            if self._manner != asked:
+                return True
+            if asked.limit == "max_tokens" and "max_completion_tokens" in said:
+                self._manner = asked._replace(limit="max_completion_tokens")
+            elif asked.temperature and "temperature" in said:
+                self._manner = asked._replace(temperature=False)
+            return self._manner != asked
 
 
 class EndpointLabeller:
@@ -167,7 +180,9 @@ class EndpointLabeller:
 
     def label(self, evidence: Evidence) -> str | None:
         """What the model says of the latent."""
-        return read_label(self.endpoint.ask(label_messages(evidence), LABEL_TOKENS))
+        label = read_label(self.endpoint.ask(label_messages(evidence), LABEL_TOKENS))
+        # Once more: JSON may have spelt the key in escapes.
+        return None if label is None else self.endpoint.clear(label)
 
 
 class EndpointJudge:

@@ -6,11 +6,15 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from palimpsest.errors import ConfigError
 from palimpsest.interpret.labels.protocol import Evidence, Text
 from palimpsest.latents import Example, LatentIndex, Query
 
 CHANGE = "change"
+SAME_BEFORE = 8
+"""Tokens before the one in question that make two texts the same: the model, too, goes by what came before."""
 
 
 def choose_latents(index: LatentIndex, latents: Sequence[int], top: int, by: str | None) -> list[int]:
@@ -24,6 +28,11 @@ def choose_latents(index: LatentIndex, latents: Sequence[int], top: int, by: str
     pair = (index.about.get("pair") or {}).get("tuned") is not None
     by = by or (CHANGE if pair and _both_rates(index) else "rate")
     if by != CHANGE:
+        if by in index.names and not np.isfinite(index.values(by)).any():
+            raise ConfigError(
+                f"There is nothing to rank by: {by} has no value for any of these latents",
+                fix="Choose another --by",
+            )
         return [row["latent"] for row in index.search(Query(sort=by, descending=True, limit=top)).rows]
     if not _both_rates(index):
         raise ConfigError(
@@ -48,7 +57,7 @@ def split_examples(
     """Divide a latent's examples into those to show and those to hold back, half of each kind.
 
     A hash of the document decides, so that neither the order of the examples nor their number does; a document is
-    never on both sides.
+    never on both sides, and what repeats a shown text is not held back but left out.
 
     Returns:
         What is shown and what is held back, each in the order given.
@@ -65,7 +74,8 @@ def split_examples(
     shown, held_back = [], []
     for one in examples:
         (held_back if side[one.corpus, one.document] else shown).append(one)
-    return shown, held_back
+    seen = {context_of(one.ids, one.peak) for one in shown if one.peak >= SAME_BEFORE}
+    return shown, [one for one in held_back if context_of(one.ids, one.peak) not in seen]
 
 
 def evidence_of(row: dict[str, Any], shown: Sequence[Example], most: int) -> Evidence:
@@ -107,6 +117,11 @@ def evenly(examples: Sequence[Example], most: int) -> list[Example]:
 def text_of(example: Example) -> Text:
     """An example as a text in question."""
     return Text(tuple(example.tokens), example.peak)
+
+
+def context_of(ids: Sequence[int], place: int) -> tuple[int, ...]:
+    """The token in question and some before it; shorter at the beginning of a window."""
+    return tuple(ids[max(0, place - SAME_BEFORE) : place + 1])
 
 
 def _hash(*parts: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from palimpsest.errors import ConfigError
+from palimpsest.interpret.labels.evidence import evenly
 from palimpsest.interpret.labels.prompts import (
     LABEL_OPENING,
     judge_one_messages,
@@ -40,9 +42,12 @@ class LocalModel:
         self._yes, self._no = self._answers()
 
     def label(self, evidence: Evidence) -> str | None:
-        """The first line that the model says."""
-        messages = label_messages(evidence, self._special)
-        ids, opening = self._prompt(messages, f"\n\n{LABEL_OPENING}", LABEL_OPENING)
+        """The first line that the model says; of more examples than it can read at once it sees half or a quarter.
+
+        Raises:
+            ConfigError: Not even one example fits into the model.
+        """
+        ids, opening = self._question(evidence)
         with torch.inference_mode():
             made = self._model.generate(
                 ids,
@@ -56,6 +61,17 @@ class LocalModel:
             )
         answer = self._tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
         return read_label(opening + answer)
+
+    def _question(self, evidence: Evidence) -> tuple[Int[Tensor, "1 seq"], str]:
+        while True:
+            messages = label_messages(evidence, self._special)
+            try:
+                return self._prompt(messages, f"\n\n{LABEL_OPENING}", LABEL_OPENING)
+            except ConfigError:
+                if len(evidence.examples) < 2:
+                    raise
+            fewer = evenly(evidence.examples, len(evidence.examples) // 2)
+            evidence = replace(evidence, examples=tuple(fewer))
 
     def judge(self, label: str, texts: Sequence[Text]) -> list[bool | None]:
         """Whether the odds of yes are above even."""
@@ -84,7 +100,7 @@ class LocalModel:
             raise ConfigError(
                 f"The question does not fit into the model: {len(ids)} tokens",
                 expected=f"at most {room - LABEL_TOKENS}",
-                fix="Lower --shown, or choose a model with a longer context",
+                fix="Choose a model with a longer context",
             )
         return torch.tensor([ids], device=self._model.device), opening
 

@@ -73,6 +73,10 @@ class NeuronpediaLabeller:
                 self.close()
         return label
 
+    def knows(self, latent: int) -> bool:
+        """Whether the answer is here already, so that nobody need be asked."""
+        return self._cache.get(Wanted(self._source, latent, self._source)) is not None
+
     def close(self) -> None:
         """Keep what was found for other runs."""
         self._cache.save()

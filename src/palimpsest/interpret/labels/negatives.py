@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from palimpsest.interpret.labels.evidence import evenly, text_of
+from palimpsest.interpret.labels.evidence import context_of, evenly, text_of
 from palimpsest.interpret.labels.protocol import Text
 from palimpsest.latents import Example, LatentIndex
 
@@ -25,8 +25,6 @@ OTHERS = 256
 """Latents whose examples are the random texts."""
 MOST_SHARED = 0.2
 """A neighbour with which the latent fires more often than this on the neighbour's tokens gives no negatives."""
-SAME_BEFORE = 8
-"""A text that repeats this many tokens up to one on which the latent fires is no negative."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class _Known:
         for one in examples:
             self._windows.setdefault((one.corpus, one.document), []).append(one)
         self._before = {
-            _before(one.ids, place)
+            context_of(one.ids, place)
             for one in examples
             for place, value in enumerate(one.value_at)
             if value > 0
@@ -173,9 +171,4 @@ class _Known:
             if 0 <= token - one.start < len(one.ids):
                 return one.value_at[token - one.start] > 0
         # Text that comes again, as templates do, makes it fire again.
-        return True if _before(example.ids, example.peak) in self._before else None
-
-
-def _before(ids: Sequence[int], place: int) -> tuple[int, ...]:
-    """The token and some before it; shorter at the beginning of a window."""
-    return tuple(ids[max(0, place - SAME_BEFORE) : place + 1])
+        return True if context_of(example.ids, example.peak) in self._before else None

@@ -36,6 +36,7 @@ _JUDGE_ONE = (
 )
 _TEMPLATE_WORD = re.compile(r"\[(?=/?[A-Z][A-Z_]*\])")
 _FENCE = re.compile(r"^\s*```\w*\s*$", re.MULTILINE)
+_OBJECT = re.compile(r'\s*\{\s*(?:"|\})')
 _STRING = re.compile(r'"label"\s*:\s*"((?:[^"\\]|\\.)*)', re.DOTALL)
 
 
@@ -99,6 +100,9 @@ def read_label(answer: str) -> str | None:
             text = json.loads(f'"{found[1]}"', strict=False)
         except ValueError:
             text = found[1]
+    elif _OBJECT.match(_FENCE.sub("", answer)):
+        # JSON without a label, as in {"label": null}.
+        return None
     else:
         lines = [line.strip() for line in _FENCE.sub("", answer).splitlines()]
         text = next((line for line in lines if line), "")

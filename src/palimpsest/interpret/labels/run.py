@@ -124,7 +124,10 @@ class _Labels:
 
     @property
     def _unlabelled(self) -> list[int]:
-        return [one for one in self.wanted if one not in self.book.labels]
+        """What a provider knows by heart comes first: a server that fails must not hide it."""
+        missing = [one for one in self.wanted if one not in self.book.labels]
+        knows = getattr(self.labeller, "knows", None)
+        return missing if knows is None else sorted(missing, key=lambda one: not knows(one))
 
     @property
     def _unscored(self) -> list[int]:

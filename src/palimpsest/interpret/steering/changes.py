@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,9 +11,11 @@ from palimpsest.errors import ConfigError
 
 Mode = Literal["add", "scale", "clamp", "ablate"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+LARGEST = 1e38
+"""What activations are computed in, float32, ends there."""
 FORM = "LATENT:add=V, LATENT:scale=V, LATENT:clamp=V or LATENT:ablate, as in 123:scale=4"
 
-_WRITTEN = re.compile(r"\s*(\d+)\s*:\s*([A-Za-z]+)\s*(?:=\s*(\S+))?\s*")
+_WRITTEN = re.compile(r"\s*([0-9]{1,18})\s*:\s*([A-Za-z]+)\s*(?:=\s*(\S+))?\s*")
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,11 @@ class Change:
             raise ConfigError(
                 f"{self.mode} needs a value (latent {self.latent})", expected=FORM, found=self.value
             )
-        elif not math.isfinite(self.value):
+        elif not abs(self.value) <= LARGEST:
             raise ConfigError(
-                f"The value of latent {self.latent} is not finite", expected="a number", found=self.value
+                f"The value of latent {self.latent} is no number that a model could add",
+                expected=f"a number from -{LARGEST:g} to {LARGEST:g}",
+                found=f"{self.value}"[:80] if isinstance(self.value, float) else "a whole number beyond that",
             )
 
     @classmethod

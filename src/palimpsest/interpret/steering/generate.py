@@ -120,7 +120,6 @@ def write_on(model: LanguageModel, ids: list[int], options: Decoding, on_token: 
     ends = _ends(hf_model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0] if ends else 0
     room = options.max_new_tokens if not model.context else model.context - len(ids)
-    # What the checkpoint's own generation_config would fill in is said here: it is no part of the comparison.
     drawn: dict[str, Any] = {"temperature": options.temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
         do_sample=options.temperature > 0,
@@ -133,7 +132,7 @@ def write_on(model: LanguageModel, ids: list[int], options: Decoding, on_token: 
     )
     prompt = torch.tensor([ids], device=model.device)
     pieces = _Pieces(tokenizer, set(ends), on_token)
-    with _evaluating(hf_model), seeded(options.seed), torch.no_grad():
+    with _evaluating(hf_model), _plain(hf_model), seeded(options.seed), torch.no_grad():
         made = hf_model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
@@ -194,6 +193,19 @@ def _evaluating(hf_model: Any) -> Iterator[None]:
     finally:
         if training:
             hf_model.train()
+
+
+@contextmanager
+def _plain(hf_model: Any) -> Iterator[None]:
+    """Without the checkpoint's own generation_config: its penalties and filters are no part of the comparison."""
+    from transformers import GenerationConfig
+
+    own = hf_model.generation_config
+    hf_model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        hf_model.generation_config = own
 
 
 @contextmanager

@@ -101,7 +101,8 @@ def costs(table: DocumentTable, settings: Settings) -> list[Cost]:
         if values is None:
             return None
         lo, hi = percentile_interval(values, settings.confidence, len(table.documents))
-        return float(lo), float(hi)
+        # Beyond every number there is no interval either.
+        return (float(lo), float(hi)) if np.isfinite(values).all() else None
 
     found = []
     for place in range(2, len(total), 2):
