@@ -17,6 +17,7 @@ from palimpsest.errors import ConfigError, CorpusError, DictionaryError, Numeric
 from palimpsest.interpret.examples import ExamplesConfig, collect, run_examples, windows
 from palimpsest.interpret.examples.cofiring import MIN_JOINT
 from palimpsest.interpret.examples.tallies import LOWEST
+from palimpsest.interpret.examples.vocabulary import token_texts
 from palimpsest.interpret.subject import larger, open_subject, subject_of
 from palimpsest.interpret.token_odds import EVENTS, LEAST_Z, MOST, PRIOR
 from palimpsest.latents import LatentIndex
@@ -322,7 +323,7 @@ def test_tokens_by_log_odds(world, kind):
         expected = sorted((value for value in z.values() if value >= LEAST_Z), reverse=True)[:MOST]
         row = index.row(int(latent))
         near(row["tokens_z"], expected, rtol=1e-4)
-        by_text = {index.text([token])[0]: value for token, value in z.items()}
+        by_text = dict(zip(token_texts(world.pair.tokenizer, list(z)), z.values(), strict=True))
         texts |= by_text
         near([by_text[token] for token in row["tokens"]], expected, rtol=1e-4)
     assert len(texts) > 20

@@ -112,7 +112,10 @@ def test_a_bounded_sample_of_tokens_estimates_the_same_neighbours():
     sample = CoFiring(n, pairs=30_000)
     sample.add(chunk, Lots(0, n).slots(chunk), latent_of(chunk), np.ones(len(slot), bool))
     assert 1000 < sample.tokens < 10_000
-    names, scores = sample.neighbours(3)
+    found = sample.neighbours(3)
+    names, scores = (
+        [column[found.latent == one] for one in range(n)] for column in (found.item, found.score)
+    )
     truth = (fires[:, 0] & fires[:, 1]).sum() / np.sqrt(fires[:, 0].sum() * fires[:, 1].sum())
     assert names[0][0] == 1 and names[1][0] == 0
     assert abs(float(scores[0][0]) - truth) < 0.03
