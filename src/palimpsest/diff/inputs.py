@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from palimpsest.artifacts import input_entry
+from palimpsest.corpus.named import named_source
 from palimpsest.corpus.rows import parse_source
 from palimpsest.dictionaries import Dictionary, load_dictionary
 from palimpsest.diff.attribution.answers import read_behaviours
@@ -14,7 +15,7 @@ from palimpsest.diff.methods import Method
 from palimpsest.diff.nulls import check_nulls, null_rows
 from palimpsest.diff.patching import check_text
 from palimpsest.diff.stability import check_twin
-from palimpsest.diff.text import Texts, named_source
+from palimpsest.diff.text import Texts
 from palimpsest.errors import DictionaryError, SiteError
 from palimpsest.evaluate.views import site_of
 from palimpsest.models import SIDES, ModelPair, fingerprint, load_pair

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from zlib import crc32
 
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from palimpsest.corpus import Corpus, Document, Role, TokenBatch, special_ids
 from palimpsest.corpus.batches import bucketed
-from palimpsest.errors import ConfigError, CorpusError, PairError
+from palimpsest.corpus.named import open_named
+from palimpsest.errors import CorpusError, PairError
 from palimpsest.harvest.stream import check_finite, kept_rows
-from palimpsest.log import log
 from palimpsest.models import SIDES, ModelPair
-from palimpsest.options import CorpusOptions, parse_assignment
+from palimpsest.options import CorpusOptions
 
 Part = Literal["all", "even", "odd"]
 """Which documents a pass reads: every one, or those whose tokens have an even or an odd checksum. What was chosen by
@@ -73,25 +72,9 @@ class Texts:
         *,
         template: bool = False,
     ) -> None:
-        named = [named_source(source) for source in sources]
-        self.names = [name for name, _ in named]
-        if len(set(self.names)) != len(self.names):
-            raise ConfigError(
-                "Corpora need different names",
-                expected="NAME=FILE, as in math=math.jsonl",
-                found=", ".join(self.names),
-            )
-        if len({str(Path(source).resolve()) for _, source in named}) != len(named):
-            raise ConfigError(
-                "The same text is given twice, under two names",
-                expected="different corpora",
-                found=", ".join(source for _, source in named),
-            )
-        if context is not None and options.max_length > context:
-            log.warning("Documents are cut at the model's context of %d tokens.", context)
-            options = replace(options, max_length=context)
-        self.options, self.template = options, template
-        self.corpora = [Corpus(source, tokenizer, name=name, options=options) for name, source in named]
+        self.corpora = open_named(sources, tokenizer, options, context)
+        self.names = [corpus.name for corpus in self.corpora]
+        self.options, self.template = self.corpora[0].options, template
         self._special = torch.from_numpy(special_ids(tokenizer)).long()
 
     def pass_over(self, tokens: int, tokens_per_batch: int, part: Part = "all") -> TextPass:
@@ -122,15 +105,6 @@ class Texts:
             role == Role.ASSISTANT,
             batch.document.reshape(-1)[flat],
         )
-
-
-def named_source(source: str) -> tuple[str, str]:
-    """Name and place of a corpus; an existing file whose path holds a `=` is that file.
-
-    Raises:
-        ConfigError: The name or the file is empty.
-    """
-    return (Path(source).name.split(".")[0], source) if Path(source).exists() else parse_assignment(source)
 
 
 class TextPass:

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from palimpsest.artifacts import Artifact, RunFolder, check_claim, input_entry, open_artifact
+from palimpsest.corpus.named import named_source
 from palimpsest.corpus.rows import parse_source
 from palimpsest.evaluate.views import origin_notes
 from palimpsest.interpret.examples.collect import Collected, collect
 from palimpsest.interpret.examples.config import ExamplesConfig
 from palimpsest.interpret.examples.table import latent_table, lens_columns, neighbour_columns, token_columns
-from palimpsest.interpret.examples.text import Texts, named_source
+from palimpsest.interpret.examples.text import Texts
 from palimpsest.interpret.examples.vocabulary import token_texts
 from palimpsest.interpret.examples.windows import write_examples
 from palimpsest.interpret.lens import can_read, lens_table

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,21 +12,12 @@ from torch import Tensor
 
 from palimpsest.corpus import Corpus, Document, Role, TokenBatch, special_ids
 from palimpsest.corpus.batches import bucketed
-from palimpsest.errors import ConfigError, CorpusError
-from palimpsest.log import log
-from palimpsest.options import CorpusOptions, parse_assignment
+from palimpsest.corpus.named import open_named
+from palimpsest.errors import CorpusError
+from palimpsest.options import CorpusOptions
 
 WINDOW = 512
 """Documents among which lengths are sorted."""
-
-
-def named_source(source: str) -> tuple[str, str]:
-    """Name and place of a corpus; an existing file whose path holds a `=` is that file.
-
-    Raises:
-        ConfigError: The name or the file is empty.
-    """
-    return (Path(source).name.split(".")[0], source) if Path(source).exists() else parse_assignment(source)
 
 
 class Texts:
@@ -61,25 +50,9 @@ class Texts:
             ConfigError: Two corpora have the same name, or are the same file.
             CorpusError: A source does not exist.
         """
-        named = [named_source(source) for source in sources]
-        self.names = [name for name, _ in named]
-        if len(set(self.names)) != len(self.names):
-            raise ConfigError(
-                "Corpora need different names",
-                expected="NAME=FILE, as in math=math.jsonl",
-                found=", ".join(self.names),
-            )
-        if len({str(Path(source).resolve()) for _, source in named}) != len(named):
-            raise ConfigError(
-                "The same text is given twice, under two names",
-                expected="different corpora",
-                found=", ".join(source for _, source in named),
-            )
-        if context is not None and options.max_length > context:
-            log.warning("Documents are cut at the model's context of %d tokens.", context)
-            options = replace(options, max_length=context)
+        self.corpora = open_named(sources, tokenizer, options, context)
+        self.names = [corpus.name for corpus in self.corpora]
         self._template, self._all = template, options.all_positions
-        self.corpora = [Corpus(source, tokenizer, name=name, options=options) for name, source in named]
         self._special = torch.from_numpy(special_ids(tokenizer)).long()
 
     def require_tokens(self) -> None:
