@@ -37,7 +37,7 @@ def make_audit(path: Path, seed: int = 0, hostile: bool = False) -> Path:
     return path
 
 
-def make_diff(path: Path, examples: Path, latents: Sequence[int]) -> Path:
+def make_diff(path: Path, examples: Path, latents: Sequence[int], tuned: str | None = None) -> Path:
     """A diff of the dictionary that some examples are of, as far as the app reads one."""
     import pyarrow as pa
 
@@ -51,6 +51,7 @@ def make_diff(path: Path, examples: Path, latents: Sequence[int]) -> Path:
         }
     )
     about = {"schema": 1, "summary": "A diff.", "dictionary": {"path": "dictionary"}}
+    about |= {"pair": {"base": "base/", "tuned": tuned}}
     with RunFolder(path, stage="diff", config={}, inputs={"examples": input_entry(examples)}) as run:
         run.write_json("diff.json", about)
         run.write_table("latents.parquet", table)

@@ -94,6 +94,15 @@ def test_a_latent_shows_its_examples_labels_and_evidence(client: Any, root: Path
     assert client.get(f"/run/{ids(client)['diffs/one']}/latent/4").status_code == 404
 
 
+def test_runs_of_other_fine_tunes_are_left_out(tmp_path: Path) -> None:
+    examples = make_examples(tmp_path / "examples", n_latents=30)
+    world.make_diff(tmp_path / "same", examples, range(30), tuned="tuned/")
+    world.make_diff(tmp_path / "another", examples, range(30), tuned="elsewhere/")
+    client = world.client_of(world.app_of(tmp_path))
+    page = client.get(f"/run/{ids(client)['examples']}/latent/4").text
+    assert '<dt class="run">same' in page and '<dt class="run">another' not in page
+
+
 def test_one_turns_over_latents_in_the_order_of_the_search(client: Any) -> None:
     address = f"/run/{ids(client)['examples']}"
     listed = client.get(f"{address}/latents?q=river&sort=rate&order=desc").text
