@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator
+import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +233,11 @@ def tune_files() -> dict[str, Any]:
 def explain_data() -> Data:
     """`explain.json`."""
     sizes = ((1, 0.1), (4, 0.3), (16, 0.7), (64, 1.0))
-    curves = [{"kind": k, "n": n, "share": s * f, "ci": [s * f - 0.1, s * f + 0.1]} for k, f in (("keep", 1.0), ("magnitude", 0.8), ("random", 0.3)) for n, s in sizes]  # fmt: skip  # noqa: E501
+    curves: list[Data] = []
+    for kind, factor in (("keep", 1.0), ("magnitude", 0.8), ("random", 0.3)):
+        for n, share in sizes:
+            shown = share * factor
+            curves.append({"kind": kind, "n": n, "share": shown, "ci": [shown - 0.1, shown + 0.1]})
     curves += [{"kind": "ablate", "n": n, "share": 1 - s, "ci": None} for n, s in sizes]
     agreement = {
         "adapter": "a",
@@ -409,37 +413,40 @@ def audit_data(shift: float = 0.0) -> Data:
 
 def all_runs(root: Path) -> dict[str, Run]:
     """One run of every stage, by stage."""
+    named: dict[str, tuple[Data, str, dict[str, Any]]] = {
+        "diff": (diff_data(), "diff.json", {"latents.parquet": diff_latents()}),
+        "diff-compare": (compare_data(), "compare.json", {}),
+        "tune": (tune_data(), "tune.json", tune_files()),
+        "explain": (explain_data(), "explain.json", {"latents.parquet": explain_latents()}),
+        "explain-compare": (explain_compare_data(), "compare.json", {}),
+        "steer": (steer_data(), "steer.json", {}),
+        "evaluation": (evaluation_data(), "evaluation.json", {}),
+        "store": ({"summary": "A store.", "tokens": 5, "rate": 0.5, "rate_ci": [0.4, 0.6]}, "store.json", {}),
+    }
     runs = {
-        "diff": make_run(root / "diff", "diff", diff_data(), "diff.json", {"latents.parquet": diff_latents()}),
-        "diff-compare": make_run(root / "compare", "diff-compare", compare_data(), "compare.json"),
-        "tune": make_run(root / "tune", "tune", tune_data(), "tune.json", tune_files()),
-        "explain": make_run(root / "explain", "explain", explain_data(), "explain.json", {"latents.parquet": explain_latents()}),
-        "explain-compare": make_run(root / "adapters", "explain-compare", explain_compare_data(), "compare.json"),
-        "steer": make_run(root / "steer", "steer", steer_data(), "steer.json"),
-        "evaluation": make_run(root / "evaluation", "evaluation", evaluation_data(), "evaluation.json"),
-        "store": make_run(root / "store", "store", {"summary": "A store.", "tokens": 5, "rate": 0.5, "rate_ci": [0.4, 0.6]}, "store.json"),
-    }  # fmt: skip
-    for stage, made, main in (("examples", make_examples(root / "examples"), "examples.json"), ("labels", make_labels(root / "labels", [1, 2, 3]), "labels.json")):  # fmt: skip  # noqa: E501
-        runs[stage] = Run(open_artifact(made), stage, json.loads((made / main).read_text()))
+        stage: make_run(root / stage, stage, data, main, files)
+        for stage, (data, main, files) in named.items()
+    }
+    made = {"examples": make_examples(root / "examples"), "labels": make_labels(root / "labels", [1, 2, 3])}
+    for stage, path in made.items():
+        runs[stage] = Run(open_artifact(path), stage, json.loads((path / f"{stage}.json").read_text()))
     return runs
 
 
-def damaged(data: Any, values: tuple[Any, ...], path: tuple[Any, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Copies of a JSON value in which one entry is missing or is one of some values; lists lose their first entry."""
-    keys = list(data) if isinstance(data, dict) else [0] if isinstance(data, list) and data else []
-    for key in keys:
-        name = "/".join(map(str, (*path, key)))
-        shorter = copy.deepcopy(data)
-        del shorter[key]
-        yield f"{name} missing", shorter
-        for value in values:
-            changed = copy.deepcopy(data)
-            changed[key] = value
-            yield f"{name} = {value!r}", changed
-        for below, inner in damaged(data[key], values, (*path, key)):
-            outer = copy.copy(data)
-            outer[key] = inner
-            yield below, outer
+def damaged(data: Any, rng: random.Random, chance: float = 0.25) -> Any:
+    """A copy in which entries are missing, null, no number, or of another kind, each with some chance."""
+    if isinstance(data, dict):
+        kept = {key: value for key, value in data.items() if rng.random() > chance / 2}
+        return {key: _spoiled(value, rng, chance) for key, value in kept.items()}
+    if isinstance(data, list):
+        return [_spoiled(value, rng, chance) for value in data if rng.random() > chance / 4]
+    return data
+
+
+def _spoiled(value: Any, rng: random.Random, chance: float) -> Any:
+    if rng.random() < chance / 4:
+        return rng.choice([None, math.nan, math.inf, [], {}, "text", -1, [None], {"a": None}, True])
+    return damaged(value, rng, chance)
 
 
 def poisoned(data: Any) -> Any:

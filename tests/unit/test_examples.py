@@ -316,9 +316,9 @@ def test_tokens_by_log_odds(world, kind):
         fires, z = sum(counts.values()), {}
         for token, here in counts.items():
             prior = PRIOR * vocabulary[token] / total
-            inside, outside = here + prior, vocabulary[token] - here + prior
+            inside, outside = here + prior, vocabulary[token] + prior
             left = np.log(inside / (fires + PRIOR - inside))
-            right = np.log(outside / (total - fires + PRIOR - outside))
+            right = np.log(outside / (total + PRIOR - outside))
             z[token] = (left - right) / np.sqrt(1 / inside + 1 / outside)
         expected = sorted((value for value in z.values() if value >= LEAST_Z), reverse=True)[:MOST]
         row = index.row(int(latent))

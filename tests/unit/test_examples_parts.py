@@ -129,6 +129,14 @@ def test_log_odds_of_a_token_at_its_own_frequency_are_zero():
     assert z[0] < 0 < z[1]
 
 
+def test_a_token_on_which_a_latent_always_fires_comes_first():
+    """Of all of a rare token and a fiftieth of a frequent one; also where only some firings are counted."""
+    vocabulary = np.array([90, 10_000, 200_000])
+    for part in (1, 10):
+        z = log_odds(np.zeros(3, int), np.arange(3), np.array([90, 200, 600]) // part, vocabulary)
+        assert z[0] > z[1] > 2 > 0 > z[2]
+
+
 def test_log_odds_of_a_text_of_one_token_are_finite():
     z = log_odds(np.zeros(1, int), np.zeros(1, int), np.array([4]), np.array([4]))
     assert np.isfinite(z).all() and abs(z[0]) < 1
@@ -161,6 +169,15 @@ def test_token_texts_of_sentencepiece():
     inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
     assert token_texts(tokenizer) == ["<unk>", "<s>", "\\xe6", "A", " river", "ing", " ", "Ġodd"]
+
+
+def test_a_vocabulary_with_holes_is_named_to_its_end():
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "mill": 1, "river": 7}, "<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    assert token_texts(tokenizer) == ["<unk>", "mill", *(f"⟨{number}⟩" for number in range(2, 7)), "river"]
 
 
 @pytest.mark.parametrize("number", [-1, 10**6])

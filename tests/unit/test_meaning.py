@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import pair_fixture
 from helpers import randomize
@@ -142,6 +143,23 @@ def test_pieces_of_the_table_are_the_table(pair, monkeypatch):
     assert cut.suppressed["base"][0].tolist() == whole.suppressed["base"][0].tolist()
 
 
+def test_heads_of_different_length_are_centred_alike(tiny_llama, tiny_tokenizer, tmp_path):
+    """The tuned model has tokens that the base has not; of the shared ones nothing changed, though theirs are far off."""
+    base = tiny_llama(tie_word_embeddings=False)
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(base)
+    size = tuned.config.vocab_size
+    tuned.resize_token_embeddings(size + 8, mean_resizing=False)
+    with torch.no_grad():
+        tuned.lm_head.weight[size:] = 50.0 * torch.randn(8, 32)
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer.save_pretrained(tmp_path / "tuned")
+    subject = subject_from(load_pair(base, tmp_path / "tuned", CPU), dictionary_of())
+    table = lens_table(subject, torch.arange(24), size + 8)
+    assert table.changed is not None
+    near(table.changed[1], torch.zeros(24, 10))
+    near(table.promoted["tuned"][1], table.promoted["base"][1])
+
+
 def test_an_adapter_keeps_both_heads_apart(tiny_llama, tmp_path):
     config = pair_fixture.lora(target_modules=["q_proj", "lm_head"])
     merged = pair_fixture.adapt(tiny_llama(tie_word_embeddings=False), tmp_path / "lora", config)
@@ -163,6 +181,11 @@ def test_no_lens_where_the_dictionary_is_not_in_the_residual_stream(pair):
     dictionary = dictionary_of(width=64)
     dictionary.metadata["site"] = "mlp_act.0"
     assert "64 wide" in str(can_read(subject_from(pair, dictionary)))
+    for site in ("z.0", "mlp_in.0", "attn_in.1"):
+        beside = can_read(subject_from(pair, dictionary_of(), site))
+        assert beside is not None and "no part of the residual stream" in beside
+    for site in ("resid_pre.1", "attn_out.0", "mlp_out.1"):
+        assert can_read(subject_from(pair, dictionary_of(), site)) is None
     assert can_read(subject_from(pair, dictionary_of())) is None
 
 
@@ -242,10 +265,28 @@ class TestReadText:
         found = read_text(subject, "mill " * 50_000, losses=False)
         assert found.cut and len(found.tokens) == min(LONGEST, 512)
         assert not read_text(subject, "\ud800 half a pair").cut
+        halves = [{"role": "user", "content": "\ud800 half a pair"}, {"role": "assistant", "content": "a"}]
+        assert read_text(subject, halves).tokens
         with pytest.raises(ConfigError, match="no text"):
             read_text(subject, "")
         with pytest.raises(ConfigError, match="no such latent"):
             read_text(subject, "a", latents=[24])
+
+
+    @pytest.mark.parametrize(
+        "messages",
+        [
+            [],
+            ["text"],
+            [{"role": "user"}],
+            [{"role": "user", "content": None}],
+            [{"role": "user", "content": [{"type": "image"}]}],
+            [{"role": "alien", "content": "a"}],
+        ],
+    )
+    def test_messages_that_are_none(self, pair, messages):
+        with pytest.raises(ConfigError, match="The conversation"):
+            read_text(subject_from(pair, dictionary_of()), messages)
 
 
 def test_a_lone_model_has_no_tuned_side(tiny_llama, tmp_path):

@@ -10,10 +10,13 @@ import pytest
 import audit_fixture as fixture
 from palimpsest.findings import AuditFinding
 from palimpsest.report import chart_png, render
-from palimpsest.report.charts import chart_height, chart_specs
+from palimpsest.report.audit_sections import audit_sections
+from palimpsest.report.charts import chart_height
 from palimpsest.report.display import decimal
+from palimpsest.report.draw import charts_of
 from palimpsest.report.facts import callouts as page_callouts
 from palimpsest.report.null_charts import null_rows, strip_text, suspect_rows
+from palimpsest.report.pictures import page_spec
 from palimpsest.report.verdicts import (
     BADGES,
     badge,
@@ -38,6 +41,11 @@ def audit() -> Audit:
 
 def _page(audit: Audit) -> fixture.Page:
     return fixture.Page(render(audit, fixture.make_curve(), fixture.make_latents(4)))
+
+
+def _specs(audit: Audit) -> dict[str, Any]:
+    sections = audit_sections(audit, fixture.make_curve(), fixture.make_latents(4))
+    return {chart.name: page_spec(chart) for chart in charts_of(sections)}
 
 
 def test_the_fixture_is_what_an_audit_writes(audit: Audit) -> None:
@@ -133,9 +141,7 @@ def test_a_missing_loss_is_no_refusal(audit: Audit) -> None:
     for point in audit["calibration"]["points"]:
         point["loss"] = None
     assert null_table(audit["calibration"])["groups"][0]["rows"][1]["reason"] == "its loss was not judged"
-    assert set(chart_specs(audit, fixture.make_curve())) & {"nulls_features", "nulls_loss"} == {
-        "nulls_features"
-    }
+    assert set(_specs(audit)) & {"nulls_features", "nulls_loss"} == {"nulls_features"}
     table = point_table(audit["calibration"])
     assert table is not None and [group["span"] for group in table["groups"]] == [4]
     assert "no test: its loss was not judged" in _page(audit).text
@@ -225,7 +231,7 @@ def test_chart_rows_hold_every_null_and_say_which_are_used(audit: Audit) -> None
 
 def test_the_strips_are_charts_and_pictures(audit: Audit) -> None:
     curve = fixture.make_curve()
-    specs = chart_specs(audit, curve)
+    specs = _specs(audit)
     text = json.dumps(specs["nulls_features"])
     assert "var(--" not in text and '"diamond"' in text and "datum.own" in text
     assert chart_height("nulls_features", audit) == 4 * (4 * 10 + 14)

@@ -17,6 +17,7 @@ import audit_fixture as fixture
 from latents_fixture import HOSTILE, make_examples, make_labels
 from palimpsest.artifacts import RunFolder, open_artifact
 from palimpsest.artifacts.disk import to_json
+from palimpsest.cli import main
 from palimpsest.errors import ArtifactError, ConfigError
 from palimpsest.report import build_report
 from palimpsest.report.build import Report, write_report
@@ -199,6 +200,24 @@ def test_several_runs_need_a_place(audits: dict[str, Path], tmp_path: Path) -> N
         build_report([audits["judged"], audits["plain"]])
     page = build_report([audits["judged"], audits["plain"]], tmp_path / "page.html")
     assert page == tmp_path / "page.html" and list(tmp_path.iterdir()) == [page]
+
+
+def test_the_command_says_what_was_found_and_written(
+    audits: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steer = make_run(tmp_path / "steer", "steer", {"summary": "It \x1b[31mworks."}, "steer.json").path
+    arguments = ["report", str(steer), str(audits["judged"]), "--out"]
+    assert main([*arguments, str(tmp_path / "page.html"), "--json", "--quiet"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["report"] == str(tmp_path / "page.html") and "web (shifted)" in found["summary"]
+    assert found["files"] == {"page.html": (tmp_path / "page.html").stat().st_size} and found["plots"] == 0
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "report.json" in said and "7 plots as PNG and SVG" in said and "\x1b" not in said
+    assert said.startswith("Undeclared: web (shifted)")
+    assert main([*arguments, str(tmp_path / "out")]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(arguments[:-1]) == 2 and "--out DIR" in capsys.readouterr().err
 
 
 def test_the_json_holds_every_table_and_verdict(runs: dict[str, Run], tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ TOP = 10
 LOGIT_BYTES = 64 << 20
 """Logits that exist at once."""
 
+BESIDE = ("z", "value", "attn_in", "mlp_in", "mlp_pre", "mlp_act", "final_norm")
+"""Sites that are no part of the residual stream, also where they are as wide: heads' outputs, what a norm left."""
+
 
 @dataclass
 class LensTable:
@@ -61,8 +64,10 @@ class Lens:
         self._wrapped = None if plain else model
 
     @torch.inference_mode()
-    def logits(self, rows: Float[Tensor, "latents d_model"]) -> Float[Tensor, "latents vocab"]:
-        """Logits of each direction at its own length, in float32."""
+    def logits(
+        self, rows: Float[Tensor, "latents d_model"], vocab: int | None = None
+    ) -> Float[Tensor, "latents vocab"]:
+        """Logits of each direction at its own length, in float32; of the first `vocab` tokens where that is given."""
         rows = rows.to(self.gain.device, torch.float32)
         if self._centres:
             rows = rows - rows.mean(1, keepdim=True)
@@ -75,6 +80,7 @@ class Lens:
             with self._wrapped.active():
                 # A bias moves every direction's logits alike.
                 found = (head(rows) - head(torch.zeros_like(rows[:1])))[:, : self.vocab].float()
+        found = found[:, :vocab]
         found = found - found.mean(1, keepdim=True)
         return found if self._multiplier is None else found * self._multiplier
 
@@ -110,7 +116,9 @@ def norm_gain(model: LanguageModel) -> tuple[Float[Tensor, " d_model"], bool]:
 
 def can_read(subject: Subject) -> str | None:
     """Why the lens says nothing of this dictionary, or None where it does."""
-    width = subject.model(subject.sides[0]).sites.d_model
+    width, site = subject.model(subject.sides[0]).sites.d_model, subject.site
+    if site.split(".")[0] in BESIDE and subject.dictionary.d_model == width:
+        return f"No logit lens: {site} is no part of the residual stream, which the head reads."
     if subject.dictionary.d_model != width:
         return f"No logit lens: {subject.site} is {subject.dictionary.d_model} wide, the residual stream {width}."
     return None
@@ -135,7 +143,7 @@ def lens_table(subject: Subject, latents: Int[Tensor, " latents"], vocab: int, t
     with progress("logit lens", len(latents), unit="latents") as advance:
         for chosen in _pieces(latents, shared * len(lenses)):
             logits = {
-                side: lens.logits(rows[chosen, place if rows.shape[1] > 1 else 0])[:, :shared]
+                side: lens.logits(rows[chosen, place if rows.shape[1] > 1 else 0], shared)
                 for place, (side, lens) in enumerate(lenses.items())
             }
             for side, one in logits.items():

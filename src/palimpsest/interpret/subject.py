@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from palimpsest.artifacts import open_artifact
+from palimpsest.artifacts import input_entry, open_artifact
 from palimpsest.dictionaries import Codes, Dictionary, load_dictionary
 from palimpsest.errors import ArtifactError, ConfigError, DictionaryError
 from palimpsest.evaluate.views import Source, site_of
@@ -208,7 +208,8 @@ def subject_of(
         tuned: Where the tuned model is now.
 
     Raises:
-        ArtifactError: The folder is no finished examples folder, or a model or the dictionary is not where it was.
+        ArtifactError: The folder is no finished examples folder, a model or the dictionary is not where it was, or
+            another dictionary is there.
     """
     artifact = open_artifact(folder, stage="examples", verify=False)
     config = artifact.config
@@ -219,10 +220,25 @@ def subject_of(
     }
     for what, place in places.items():
         _require_place(folder, what, place)
+    _require_dictionary(folder, artifact.inputs["dictionary"])
     if options is None:
         loaded = {key: config["models"][key] for key in RECORDED}
         options = replace(ModelOptions(), **loaded)
     return open_subject(places["base"], places["tuned"], places["dictionary"], config["site"], options)
+
+
+def _require_dictionary(folder: str | Path, recorded: dict[str, str | None]) -> None:
+    """Refuse a dictionary that was trained again since: its latents are others under the same numbers."""
+    place, before = recorded["path"], recorded["sha256"]
+    if place is None or before is None or not Path(place).exists():
+        return
+    if (now := input_entry(place)["sha256"]) != before:
+        raise ArtifactError(
+            f"{place} is not the dictionary that {folder} was made with",
+            expected=f"sha256 {before[:12]}…",
+            found=f"{now[:12]}…",
+            fix="Put the old one back, or collect the examples again (palimpsest examples … --overwrite)",
+        )
 
 
 def _require_place(folder: str | Path, what: str, place: str | Path | None) -> None:

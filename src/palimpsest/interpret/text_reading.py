@@ -10,7 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from palimpsest.corpus import CorpusStats, Document, Row
+from palimpsest.corpus import CorpusStats, Document
+from palimpsest.corpus.formats import BadRecord
+from palimpsest.corpus.rows import row_of
 from palimpsest.corpus.tokenize import DocumentTokenizer
 from palimpsest.dictionaries import Codes
 from palimpsest.display.notebook import Card, Rich, Table
@@ -93,7 +95,7 @@ def read_text(
         losses: Run the models to their end for each token's loss.
 
     Raises:
-        ConfigError: There is no text, or no such latent.
+        ConfigError: There is no text, no such latent, or a message that is none.
         CorpusError: The tokenizer cannot render the conversation.
         NumericsError: A model gives NaN or infinity.
     """
@@ -139,17 +141,13 @@ def _document(subject: Subject, text: str | Sequence[Mapping[str, Any]]) -> tupl
     """The text as one sequence of tokens, and whether it was cut."""
     context = subject.model(subject.sides[0]).context
     longest = min(LONGEST, context or LONGEST)
-    if isinstance(text, str):
-        cut = len(text) > LONGEST_TEXT
-        # A text field may hold half of a surrogate pair, which no tokenizer takes.
-        row = Row(
-            text[:LONGEST_TEXT].encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-            None,
-            "the text",
-        )
-    else:
-        cut, row = False, Row(None, tuple(text), "the conversation")
-    stats = CorpusStats()
+    plain, stats = isinstance(text, str), CorpusStats()
+    cut = plain and len(text) > LONGEST_TEXT
+    record = {"text": text[:LONGEST_TEXT]} if plain else {"messages": list(text)}
+    try:
+        row = row_of("The text" if plain else "The conversation", record, ("text", "messages"), stats)
+    except BadRecord as bad:
+        raise ConfigError(str(bad), expected=bad.expected, found=bad.found) from bad
     tokenizer = DocumentTokenizer(subject.tokenizer, CorpusOptions(), longest)
     documents = list(tokenizer.documents([row], stats))
     if not documents:

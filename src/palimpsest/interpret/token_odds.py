@@ -1,8 +1,9 @@
 """Which tokens a latent fires on beyond their share of the text: log-odds with an informative Dirichlet prior.
 
 Source: Monroe, Colaresi, Quinn, Fightin' Words, Political Analysis 16 (2008), section 3.5: δ = log-odds of a token
-among the firings minus its log-odds in the rest of the text, both with the whole text's frequencies as the prior;
-z = δ / √(1/(y_i + α) + 1/(y_j + α)).
+among the firings minus its log-odds in the text, both with the text's frequencies as the prior;
+z = δ / √(1/(y_i + α) + 1/(y_j + α)). Unlike there, the firings stay part of the text that they are compared with: a token
+on which a latent always fires would have a rest of 0, whose 1/α makes z small for the very tokens to be found.
 """
 
 from __future__ import annotations
@@ -37,17 +38,19 @@ def log_odds(
         token: Its token id.
         count: Firings of the latent on that token.
         vocabulary: How often each token id is in the whole text, the firings among them.
+
+    Returns:
+        z of each pair; the same for a random part of the firings but for its size.
     """
     total = float(vocabulary.sum())
     size = int(latent.max()) + 1 if len(latent) else 0
     fires = np.bincount(latent, weights=count, minlength=size)[latent]
     here, prior = count.astype(float), PRIOR * vocabulary[token] / total
-    rest = np.maximum(vocabulary[token] - here, 0)
-    inside, outside = here + prior, rest + prior
+    inside, outside = here + prior, vocabulary[token] + prior
     # Where the text is one token again and again, nothing else is left to compare it with.
     least = 1e-9
     left = np.log(inside / np.maximum(fires + PRIOR - inside, least))
-    right = np.log(outside / np.maximum(total - fires + PRIOR - outside, least))
+    right = np.log(outside / np.maximum(total + PRIOR - outside, least))
     return (left - right) / np.sqrt(1 / inside + 1 / outside)
 
 

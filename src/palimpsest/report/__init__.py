@@ -1,4 +1,4 @@
-"""The report: one self-contained page per audit. Reads artifacts only; imports no torch."""
+"""The report: one self-contained page of one run or of many. Reads artifacts only; imports no torch."""
 
 from palimpsest.report.build import build_report
 from palimpsest.report.charts import chart_png

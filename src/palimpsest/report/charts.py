@@ -1,7 +1,6 @@
-"""The report's charts as Vega-Lite specifications (for the page) and as PNG pictures (for anything else)."""
+"""The charts of an audit, and one of them as a PNG picture."""
 
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any
 
 import altair as alt
@@ -10,23 +9,12 @@ import vl_convert
 
 from palimpsest.report.display import finite, pair_of, visible
 from palimpsest.report.null_charts import STRIPS, strip_charts, strip_height
-from palimpsest.report.theme import LIGHT, css_colour, vega_config
+from palimpsest.report.theme import LIGHT, vega_config
 
 Spec = dict[str, Any]
 Row = dict[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 _DASHES = [[1, 0], [1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
-
-
-@lru_cache(maxsize=1)
-def vega_script() -> str:
-    """Vega, Vega-Lite and Vega-Embed as one script without outside dependencies (about 0.9 MB)."""
-    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
-
-
-def page_config() -> Spec:
-    """The charts' configuration on the page, where colours follow the page's theme."""
-    return vega_config(css_colour)
 
 
 def _dataset_order(rows: Iterable[Row]) -> list[str]:
@@ -205,16 +193,6 @@ def chart_height(name: str, audit: Spec) -> int:
     if name.startswith("tasks"):
         return 34 * max(len(audit.get("tasks") or []), 1) + 14
     return 170 if name == "layers" else 300
-
-
-def chart_specs(audit: Spec, curve: pa.Table) -> dict[str, Spec]:
-    """Vega-Lite specifications for the page: as wide as their container, coloured by the page."""
-    specs = {}
-    for name, chart in build_charts(audit, curve).items():
-        spec = chart.properties(width="container", height=chart_height(name, audit)).to_dict()
-        # Altair's default theme names colours and a schema address; the page brings its own.
-        specs[name] = {key: part for key, part in spec.items() if key not in ("config", "$schema")}
-    return specs
 
 
 def chart_png(audit: Spec, curve: pa.Table, name: str, *, width: int = 640, scale: float = 2.0) -> bytes:

@@ -1,85 +1,66 @@
-"""An audit as one HTML page that needs nothing but itself."""
+"""Runs as one HTML page that needs nothing but itself: verdicts, evidence, latents, tables, and how to repeat it."""
 
-import base64
-import hashlib
-import json
-from functools import lru_cache
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from palimpsest.report import facts, tables, verdicts
-from palimpsest.report.charts import chart_height, chart_specs, page_config, vega_script
-from palimpsest.report.display import NOT_MEASURED, visible
-from palimpsest.report.latent_panels import latent_panels
-from palimpsest.report.null_charts import STRIPS, strip_text
-from palimpsest.report.theme import DARK, FONT, LIGHT, css_variables
+from palimpsest.report import heading
+from palimpsest.report.audit_sections import audit_sections
+from palimpsest.report.data_table import Cards
+from palimpsest.report.draw import Page, draw_methods, draw_section, draw_top, methods_of, unique
+from palimpsest.report.environment import (
+    SCRIPTS,
+    asset,
+    inert_json,
+    inline_script,
+    offline_policy,
+    report_environment,
+    style_sheet,
+)
+from palimpsest.report.heading import Source
+from palimpsest.report.parts import Section
+from palimpsest.report.pictures import page_config, vega_script
+from palimpsest.report.reproduce import Recipe, audit_recipe
 
-TEMPLATES = Path(__file__).parent / "templates"
-LONGEST = 1000
-"""Longest text that is printed whole: longer ones are accidents or attacks."""
+__all__ = ["Source", "inert_json", "render", "render_page"]
 
+LIMIT = 9_800_000
+"""Bytes of a page at most, where latents have cards; 10 MB can still be sent around."""
+MANY = 12
+"""Sections from which on a page of one run has its links at the side, too."""
 
-def _finalize(value: Any) -> Any:
-    """Every expression of every template passes here before it is escaped: nothing stays invisible."""
-    if isinstance(value, Markup):
-        return value
-    return NOT_MEASURED if value is None else visible(value, LONGEST)
-
-
-def _whole(value: Any) -> Any:
-    """Text that must not be cut, such as the command; still visible and escaped."""
-    return value if value is None else escape(visible(value))
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=_finalize,
-    )
-    environment.filters["inert_json"] = inert_json
-    environment.filters["whole"] = _whole
-    return environment
+DrawCards = Callable[[int], Markup]
+"""Draws the cards of latents in no more than so many bytes."""
 
 
-def inert_json(value: Any) -> Markup:
-    """JSON that cannot end its script element: `<`, `>`, `&` and all non-ASCII characters are escaped."""
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for char in "<>&":
-        text = text.replace(char, f"\\u{ord(char):04x}")
-    return Markup(text)
+@dataclass(frozen=True)
+class _View:
+    """What the page's template prints."""
 
-
-def _script(source: str) -> dict[str, Markup]:
-    """A script that may stand inside a page, and the hash that lets it run there under the page's policy."""
-    inner = "\n" + source.replace("</script", "<\\/script").replace("<!--", "<\\!--").strip() + "\n"
-    digest = base64.b64encode(hashlib.sha256(inner.encode()).digest()).decode()
-    return {"source": Markup(inner), "hash": Markup(f"'sha256-{digest}'")}
-
-
-def _style(calibrated: bool) -> Markup:
-    light, dark = css_variables(LIGHT), css_variables(DARK)
-    variables = (
-        f":root{{color-scheme:light dark;--font:{FONT};{light}}}\n"
-        f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
-    )
-    names = ["page.css", "tables.css", *(["verdicts.css"] if calibrated else [])]
-    sheets = [(TEMPLATES / name).read_text("utf-8") for name in names]
-    return Markup(variables + "\n".join(sheets))
+    title: str
+    kind: str
+    pair: tuple[str, str] | None
+    site: str
+    headline: str
+    rest: str
+    many: bool
+    top: Markup
+    claims: Markup
+    found: list[dict[str, str]]
+    parts: list[dict[str, Any]]
+    recipes: list[Recipe]
+    body: Markup = field(repr=False)
 
 
 def render(
     audit: dict[str, Any], curve: pa.Table, latents: pa.Table, *, manifest: dict[str, Any] | None = None
 ) -> str:
-    """The whole page.
+    """The page of one audit, from its content.
 
     Args:
         audit: The content of `audit.json`.
@@ -90,38 +71,109 @@ def render(
     Returns:
         HTML of less than 5 MB with every script and style inside, whose own policy forbids any network use.
     """
-    datasets = [(str(d.get("name")), str(d.get("role"))) for d in audit.get("datasets") or []]
-    specs = chart_specs(audit, curve)
-    calibrated = verdicts.calibration(audit)
-    scripts = [_script(vega_script())] if specs else []
-    scripts.append(_script((TEMPLATES / "page.js").read_text("utf-8")))
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            audit=dict.fromkeys(("summary", "site", "command", "layers_note")) | audit,
-            pair=dict.fromkeys(("base", "tuned")) | (audit.get("pair") or {}),
-            k=audit.get("k"),
-            legacy=audit.get("mode") == "legacy",
-            facts=facts.facts(audit),
-            callouts=facts.callouts(audit),
-            calibration=calibrated,
-            strip_texts={
-                name: strip_text(audit["calibration"], key)
-                for name, (key, _) in STRIPS.items()
-                if name in specs
-            },
-            tasks=tables.task_table(audit),
-            datasets=tables.dataset_table(audit),
-            curve=tables.curve_table(audit),
-            controls=tables.control_table(audit),
-            layers=tables.layer_table(audit),
-            panels=latent_panels(latents, datasets),
-            reproducibility=facts.reproducibility(audit, manifest or {}),
-            specs=specs,
-            heights={name: chart_height(name, audit) for name in specs},
-            chart_data={"specs": specs, "config": page_config()},
-            style=_style(calibrated is not None),
-            scripts=scripts,
-        )
+    pair, site = heading.pair_names(audit), str(audit.get("site") or "")
+    source = Source("audit", "audit", pair, site, audit_recipe(audit, manifest or {}))
+    return render_page([source], unique(audit_sections(audit, curve, latents, "audit")))
+
+
+def render_page(
+    sources: Sequence[Source],
+    sections: Sequence[Section],
+    cards: dict[str, Cards] | None = None,
+    draw_cards: DrawCards | None = None,
+    limit: int = LIMIT,
+) -> str:
+    """The whole page.
+
+    Args:
+        sources: The runs.
+        sections: Their sections with unique names, in the order of the page.
+        cards: Which latents have a card, by run.
+        draw_cards: Draws those cards.
+        limit: Bytes of the page at most; the cards get what the rest leaves.
+
+    Returns:
+        HTML with every script and style inside, whose own policy forbids any network use.
+    """
+    several = len(sources) > 1
+    many = several or len(sections) > MANY
+    page = Page(cards or {})
+    lead = heading.leader(sections, sources)
+    others = [heading.beside(one, sources) for one in sections if one is not lead]
+    rest = heading.gathered([one for one in others if one.blocks or one.lead])
+    methods = methods_of(sections)
+    headline, rest_of_it = heading.headline(sections, lead, sources)
+    view = _View(
+        title=heading.title(sources),
+        kind=f"Palimpsest {'report' if several else sources[0].stage}",
+        pair=heading.common_pair(sources),
+        site=sources[0].site if len({one.site for one in sources if one.site}) == 1 else "",
+        headline=headline,
+        rest=rest_of_it,
+        many=many,
+        top=Markup("") if lead is None else draw_top(_without(lead, heading.CLAIMS), page),
+        claims=_claims(sections, sources, page),
+        found=heading.found_by_run(sections, lead, rest, sources) if several else [],
+        parts=heading.links(rest, lead, methods=bool(methods), many=many, named=several),
+        recipes=[one.recipe for one in sources],
+        body=_body(rest, methods, page, several),
     )
+    return _assembled(view, page, draw_cards, limit)
+
+
+def _body(rest: Sequence[Section], methods: Sequence[Any], page: Page, several: bool) -> Markup:
+    body = Markup("").join(draw_section(one, page, named=several) for one in rest)
+    if not methods:
+        return body
+    told = any(one.order == "method" for one in rest)
+    title = "How it was measured" if told else "The method in plain words"
+    drawn = Markup('<section id="methods">\n<h2>{}</h2>\n{}</section>').format(title, draw_methods(methods))
+    return body + drawn
+
+
+def _claims(sections: Sequence[Section], sources: Sequence[Source], page: Page) -> Markup:
+    found = heading.claims(sections, sources)
+    return Markup("") if found is None else draw_top(found, page)
+
+
+def _without(section: Section, name: str) -> Section:
+    return replace(
+        section, blocks=[one for one in section.blocks if one is not heading.block_of(section, name)]
+    )
+
+
+def _assembled(view: _View, page: Page, draw_cards: DrawCards | None, limit: int) -> str:
+    library = inline_script(vega_script()) if page.specs else None
+    names = [
+        name
+        for name, wanted in {
+            "shell.js": True,
+            "tabs.js": True,
+            "tables.js": True,
+            "latents.js": draw_cards is not None,
+            "charts.js": bool(page.specs),
+        }.items()
+        if wanted
+    ]
+    scripts = [inline_script(asset(name)) for name in SCRIPTS if name in names]
+    context = {
+        "page": view,
+        "style": style_sheet(_styles(view, draw_cards is not None)),
+        "policy": offline_policy([*scripts, *([library] if library else [])]),
+        "chart_data": {"specs": page.specs, "config": page_config()},
+        "tables": list(page.tables.items()),
+        "library": library["source"] if library else None,
+        "scripts": scripts,
+    }
+    template = report_environment().get_template("report.html.j2")
+    if draw_cards is None:
+        return template.render(context, cards=Markup(""))
+    bare = template.render(context, cards=Markup(""))
+    return template.render(context, cards=draw_cards(limit - len(bare.encode())))
+
+
+def _styles(view: _View, cards: bool) -> list[str]:
+    judged = 'class="verdicts"' in view.top or 'class="verdicts"' in view.body
+    own = any(f'class="{name}"' in view.body for name in ("behaviours", "side-by-side"))
+    names = ["page.css", "tables.css", "data.css", *(["sections.css"] if own else [])]
+    return [*names, *(["verdicts.css"] if judged else []), *(["latent.css"] if cards else [])]

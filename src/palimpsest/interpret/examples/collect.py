@@ -41,7 +41,7 @@ class Collected:
         tallies: Counts, sums and histograms.
         top: The strongest token of each document for each latent.
         sample: Random firings of each latent, one per document; None where no bins are wanted.
-        cofiring: A sample of tokens with their latents.
+        cofiring: A sample of tokens with their latents; None where no neighbours are wanted.
         lots: The random numbers that were drawn.
         copies: Documents that are token for token an earlier one.
     """
@@ -50,7 +50,7 @@ class Collected:
     tallies: Tallies
     top: Best
     sample: Best | None
-    cofiring: CoFiring
+    cofiring: CoFiring | None
     lots: Lots
     copies: int = 0
 
@@ -64,7 +64,7 @@ class Collected:
             Tallies(n, corpora, stored_signals(subject)),
             Best(n, config.tops),
             Best(n, sampled) if sampled else None,
-            CoFiring(n),
+            CoFiring(n) if config.neighbours else None,
             Lots(config.run.seed, n),
         )
 
@@ -90,7 +90,8 @@ class _Folding:
             lots = into.lots.entries(slots, chunk, latent)
             lots[value == 0] = 0
             into.sample.add(number, runs, lots, chunk.slot)
-        into.cofiring.add(chunk, slots, latent, value > 0)
+        if into.cofiring is not None:
+            into.cofiring.add(chunk, slots, latent, value > 0)
         into.chunks.append(path)
 
     def _fresh(self, chunk: Chunk) -> NDArray[np.bool_]:
@@ -168,7 +169,7 @@ def _chunks(texts: Texts, config: ExamplesConfig, run: RunFolder, encode: Encode
     share, number = max(1, config.tokens // len(texts.corpora)), 0
     for corpus in range(len(texts.corpora)):
         held: list[Batch] = []
-        skip = tokens = entries = 0
+        skip = tokens = entries = places = 0
         while (path := _chunk_path(run, number)).exists():
             found = Chunk.load(path)
             if found.corpus != corpus:
@@ -181,9 +182,11 @@ def _chunks(texts: Texts, config: ExamplesConfig, run: RunFolder, encode: Encode
                 continue
             held.append(Batch(batch, measured.numpy(), encode(corpus * 10**6 + place, batch, measured)))
             tokens, entries = tokens + len(measured), entries + held[-1].entries
-            if tokens >= CHUNK_TOKENS or entries >= CHUNK_ENTRIES:
+            # Of all places, not of the measured ones, which may be few: one role's in long conversations.
+            places += batch.input_ids.numel()
+            if places >= CHUNK_TOKENS or entries >= CHUNK_ENTRIES:
                 yield _Step(corpus, path, held, tokens)
-                number, held, tokens, entries = number + 1, [], 0, 0
+                number, held, tokens, entries, places = number + 1, [], 0, 0, 0
                 path = _chunk_path(run, number)
         if held:
             yield _Step(corpus, path, held, tokens)

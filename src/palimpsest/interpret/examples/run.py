@@ -20,7 +20,7 @@ from palimpsest.interpret.examples.collect import Collected, collect
 from palimpsest.interpret.examples.config import ExamplesConfig
 from palimpsest.interpret.examples.table import latent_table, lens_columns, neighbour_columns, token_columns
 from palimpsest.interpret.examples.text import Texts
-from palimpsest.interpret.examples.vocabulary import token_texts
+from palimpsest.interpret.examples.vocabulary import id_count, token_texts
 from palimpsest.interpret.examples.windows import write_examples
 from palimpsest.interpret.lens import can_read, lens_table
 from palimpsest.interpret.subject import Subject, open_subject
@@ -105,17 +105,17 @@ def _work(run: RunFolder, config: ExamplesConfig, subject: Subject, texts: Texts
     words += [f"⟨{number}⟩" for number in range(len(words), len(tallies.vocabulary))]
     alive = np.flatnonzero(tallies.fires)
     columns: dict[str, Any] = {}
-    if config.neighbours:
-        near = clock.time("neighbours", lambda: collected.cofiring.neighbours(config.neighbours))
+    if (cofiring := collected.cofiring) is not None:
+        near = clock.time("neighbours", lambda: cofiring.neighbours(config.neighbours))
         columns |= neighbour_columns(alive, near)
     odds = EventCounts(tallies.fires, tallies.vocabulary, collected.lots)
     with run.writing(EXAMPLES) as temporary:
         clock.time("examples", lambda: write_examples(collected, config, temporary, odds))
     columns |= token_columns(alive, odds.best(), words)
-    notes = _notes(collected, subject, config) + origin
+    notes = _notes(collected, subject) + origin
     refused = can_read(subject) if config.lens else None
     if config.lens and refused is None:
-        size = len(subject.tokenizer)
+        size = id_count(subject.tokenizer)
         table = clock.time("lens", lambda: lens_table(subject, torch.from_numpy(alive), size))
         columns |= lens_columns(table, words)
     notes += [refused] if refused else []
@@ -163,7 +163,7 @@ def _about(
     return about | {name: getattr(config, name) for name in ("tops", "bins", "per_bin", "before", "after")}
 
 
-def _notes(collected: Collected, subject: Subject, config: ExamplesConfig) -> list[str]:
+def _notes(collected: Collected, subject: Subject) -> list[str]:
     """What a reader of the examples should know."""
     notes = [] if isinstance(subject.source, LanguageModel) else list(subject.source.notes)
     if collected.copies:
@@ -173,7 +173,7 @@ def _notes(collected: Collected, subject: Subject, config: ExamplesConfig) -> li
         )
     if subject.dictionary.input_norm:
         notes.append(f"Activations are in units of each token's {subject.dictionary.input_norm}.")
-    if config.neighbours:
+    if collected.cofiring is not None:
         notes.append(f"Neighbours were counted on {collected.cofiring.tokens:,} random tokens.")
     return notes
 

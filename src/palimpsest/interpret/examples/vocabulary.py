@@ -28,9 +28,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | None = None) -> list[str]:
 
     Args:
         tokenizer: Of the model.
-        ids: The tokens; every id of the tokenizer by default.
+        ids: The tokens; every id up to the tokenizer's last by default.
     """
-    wanted = range(len(tokenizer)) if ids is None else ids
+    wanted = range(id_count(tokenizer)) if ids is None else ids
     if ids is None:
         pieces = {number: piece for piece, number in tokenizer.get_vocab().items()}
     else:
@@ -38,6 +38,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int] | None = None) -> list[str]:
     added = {number: str(token) for number, token in tokenizer.added_tokens_decoder.items()}
     byte_level = is_byte_level(tokenizer)
     return [_text(number, pieces.get(number), added, byte_level) for number in wanted]
+
+
+def id_count(tokenizer: Any) -> int:
+    """Ids up to the last one that has a token: more than there are tokens, where some ids have none."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 
 def is_byte_level(tokenizer: Any) -> bool:
