@@ -102,7 +102,9 @@ def test_every_verb_has_help(verb, capsys):
 @pytest.mark.parametrize("verb", CONFIGS, ids=" ".join)
 def test_help_names_every_config_field_with_its_meaning(verb, capsys):
     flags = _flags(CONFIGS[verb])
-    assert {"--out", "--seed"} <= set(flags) and ({"--max-length", "--dtype"} <= set(flags) or verb == ("label",))
+    assert {"--out", "--seed"} <= set(flags) and (
+        {"--max-length", "--dtype"} <= set(flags) or verb == ("label",)
+    )
     main([*verb, "--help"])
     shown = capsys.readouterr().out
     rows = [line.strip("│* ").rstrip() for line in shown.splitlines() if line.startswith("│")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import torch
 import pair_fixture
 from palimpsest.corpus import Corpus
 from palimpsest.dictionaries import Dictionary
-from palimpsest.errors import ConfigError, CorpusError, DictionaryError, NumericsError
+from palimpsest.errors import ArtifactError, ConfigError, CorpusError, DictionaryError, NumericsError
 from palimpsest.interpret.examples import ExamplesConfig, collect, run_examples, windows
 from palimpsest.interpret.examples.cofiring import MIN_JOINT
 from palimpsest.interpret.examples.tallies import LOWEST
@@ -27,7 +28,10 @@ from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 
 
 def near(found, expected, rtol=1e-5, atol=1e-6):
-    np.testing.assert_allclose(np.asarray(found, float), np.asarray(expected, float), rtol=rtol, atol=atol)
+    # The message of `assert_allclose` costs more than the comparison, thousands of times.
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=rtol, atol=atol):
+        np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol)
 
 
 SITE, N, TOPS, BINS, PER_BIN, BEFORE, AFTER = "resid_post.0", 48, 5, 3, 2, 6, 4
@@ -191,7 +195,11 @@ def test_counts_rates_and_histograms(world, kind):
     index, documents = made(world, kind), brute(world, kind)
     tokens = sum(int(one.measured.sum()) for one in documents)
     assert index.about["tokens"] == tokens
-    value = np.concatenate([one.value for one in documents])
+    signals = [name for name in ("value", "base", "tuned") if hasattr(documents[0], name)]
+    whole = {name: np.concatenate([getattr(one, name) for one in documents]) for name in signals}
+    value = whole["value"]
+    corpus = np.concatenate([[one.corpus] * len(one.ids) for one in documents])
+    measured = np.concatenate([one.measured for one in documents])
     assert index.latents.tolist() == np.flatnonzero((value > 0).any(0)).tolist()
     for latent in index.latents:
         row, own = index.row(int(latent)), value[:, latent]
@@ -200,10 +208,10 @@ def test_counts_rates_and_histograms(world, kind):
         near(row["mean_value"], float(own[own > 0].mean()), rtol=1e-4)
         near(row["max_value"], float(own.max()), rtol=1e-4)
         for signal in ("base", "tuned"):
-            if not hasattr(documents[0], signal):
+            if signal not in whole:
                 assert row[f"rate_{signal}"] is None and row[f"histogram_{signal}"] is None
                 continue
-            seen = np.concatenate([getattr(one, signal)[:, latent] for one in documents])
+            seen = whole[signal][:, latent]
             near(row[f"rate_{signal}"], int((seen > 0).sum()) / tokens)
             assert sum(row[f"histogram_{signal}"]) == (seen > 0).sum()
             if (seen > 0).any():
@@ -211,9 +219,8 @@ def test_counts_rates_and_histograms(world, kind):
             else:
                 assert row[f"mean_{signal}"] is None and row[f"max_{signal}"] == 0
         for name in world.corpora:
-            part = [one for one in documents if one.corpus == name]
-            fires = sum(int((one.value[:, latent] > 0).sum()) for one in part)
-            near(row[f"rate[{name}]"], fires / sum(int(one.measured.sum()) for one in part))
+            fires = int((own[corpus == name] > 0).sum())
+            near(row[f"rate[{name}]"], fires / int(measured[corpus == name].sum()))
         bins = np.floor(2 * np.log2(own[own > 0].astype(float))).astype(int)
         bins = np.maximum(bins, LOWEST) - row["histogram_start"]
         expected = np.bincount(bins, minlength=len(row["histogram_value"]))
@@ -358,11 +365,17 @@ def test_row_groups_hold_their_rows_in_order(world):
     assert keys == sorted(set(keys))
 
 
+def short(folder):
+    """A second corpus for runs that are made several times."""
+    (folder / "short.jsonl").write_text('{"text": "seven apples and the mill"}\n{"text": "the river"}\n')
+    return folder / "short.jsonl"
+
+
 @pytest.mark.parametrize("one_at_a_time", [False, True])
 def test_an_interrupted_run_goes_on(world, monkeypatch, tmp_path, one_at_a_time):
     chunked(monkeypatch, 100)
-    options = {"one_at_a_time": one_at_a_time}
-    whole = run_examples(config_of(world, tmp_path / "whole", **options))
+    one = (f"one={world.corpora['one']}", f"two={short(tmp_path)}")
+    options = {"one_at_a_time": one_at_a_time, "corpus": one, "lens": False, "tokens_per_batch": 64}
     read, calls = collect.read_acts, []
 
     def counted(model, *rest):
@@ -373,7 +386,7 @@ def test_an_interrupted_run_goes_on(world, monkeypatch, tmp_path, one_at_a_time)
 
     monkeypatch.setattr(collect, "read_acts", counted)
     stop = 0
-    run_examples(config_of(world, tmp_path / "counted", **options))
+    whole = run_examples(config_of(world, tmp_path / "whole", **options))
     total, stop = len(calls), len(calls) - 4
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
@@ -453,6 +466,52 @@ def test_roles_and_template_tokens(world, tmp_path):
     assert len(set(shares)) > 3
 
 
+def test_chunks_are_bounded_where_little_is_measured(world, tmp_path, monkeypatch):
+    """Long questions, short answers, and documents without any: memory hangs on what is read, not on what counts."""
+    rows = [{"messages": [{"role": "user", "content": "seven apples and the mill " * 5}]} for _ in range(30)]
+    rows += [{"messages": [*rows[0]["messages"], {"role": "assistant", "content": "12"}]}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chunked(monkeypatch, 200)
+    make, sizes = collect.make_chunk, []
+
+    def watched(*rest):
+        sizes.append(len((found := make(*rest)).ids))
+        return found
+
+    monkeypatch.setattr(collect, "make_chunk", watched)
+    roles = CorpusOptions(roles=("assistant",))
+    config = config_of(world, tmp_path / "run", corpus=(str(path),), corpora=roles, neighbours=0, lens=False)
+    index = LatentIndex.open(run_examples(config).path)
+    assert max(sizes) <= 200 + 128 < sum(sizes) and 1 <= index.about["tokens"] <= 3
+    assert all(index.row(int(latent))["share[assistant]"] == 1 for latent in index.latents)
+    assert index.about["notes"] == [note for note in index.about["notes"] if "Neighbours" not in note]
+
+
+def test_a_corpus_on_which_nothing_fires(world, tmp_path):
+    """Beside one on which latents do: rates of 0, and no examples from it."""
+    torch.manual_seed(0)
+    made = Dictionary(32, 8, activation="relu", metadata={"site": SITE})
+    subject = open_subject(world.base, None, world.dictionaries["relu"], None, ModelOptions(device="cpu"))
+    ids = torch.tensor([[1, *subject.tokenizer("mill", add_special_tokens=False)["input_ids"]]])
+    seen = subject.model("base").read(ids, [SITE]).acts[SITE][0, -1].float()
+    with torch.no_grad():
+        # Only what points very nearly where the one known token points passes the bias.
+        made.W_enc.copy_((seen / seen.norm())[None, :, None].expand_as(made.W_enc))
+        made.b_enc.fill_(-0.99 * float(seen.norm()))
+    made.save_pretrained(tmp_path / "few")
+    for name, text in (("mill", "mill"), ("other", "日本 🙂 日本")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    text = tuple(f"{name}={tmp_path / name}.jsonl" for name in ("mill", "other"))
+    config = config_of(world, tmp_path / "run", str(tmp_path / "few"), tuned=None, corpus=text)
+    index = LatentIndex.open(run_examples(config).path)
+    assert len(index) == 8
+    for latent in index.latents:
+        row = index.row(int(latent))
+        assert row["rate[mill]"] > 0 == row["rate[other]"]
+        assert {one.corpus for one in index.examples(int(latent))} == {"mill"}
+
+
 def test_tiny_text(world, tmp_path):
     """One document of one token, fewer than any number asked for."""
     (tmp_path / "one.jsonl").write_text(json.dumps({"text": "7"}) + "\n")
@@ -480,6 +539,17 @@ def test_a_run_can_be_opened_as_its_subject_again(world):
     signals = subject.signals(acts)
     assert signals.base is not None
     near(signals.base.dense(), subject.dictionary.encode(acts[:, :1].expand(-1, 2, -1)).dense())
+
+
+def test_another_dictionary_at_the_recorded_place_is_refused(world, tmp_path):
+    path = make_dictionary(tmp_path / "sae")
+    text = (str(short(tmp_path)),)
+    run_examples(config_of(world, tmp_path / "run", path, corpus=text, lens=False))
+    assert subject_of(tmp_path / "run").site == SITE
+    shutil.rmtree(path)
+    make_dictionary(tmp_path / "sae", seed=9)
+    with pytest.raises(ArtifactError, match="is not the dictionary"):
+        subject_of(tmp_path / "run")
 
 
 def test_the_larger_of_two_codes(world):

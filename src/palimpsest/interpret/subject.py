@@ -220,7 +220,7 @@ def subject_of(
     }
     for what, place in places.items():
         _require_place(folder, what, place)
-    _require_dictionary(folder, artifact.inputs["dictionary"])
+    _require_dictionary(folder, artifact.inputs.get("dictionary") or {})
     if options is None:
         loaded = {key: config["models"][key] for key in RECORDED}
         options = replace(ModelOptions(), **loaded)
@@ -229,7 +229,7 @@ def subject_of(
 
 def _require_dictionary(folder: str | Path, recorded: dict[str, str | None]) -> None:
     """Refuse a dictionary that was trained again since: its latents are others under the same numbers."""
-    place, before = recorded["path"], recorded["sha256"]
+    place, before = recorded.get("path"), recorded.get("sha256")
     if place is None or before is None or not Path(place).exists():
         return
     if (now := input_entry(place)["sha256"]) != before:

@@ -2,8 +2,8 @@
 
 Source: Monroe, Colaresi, Quinn, Fightin' Words, Political Analysis 16 (2008), section 3.5: δ = log-odds of a token
 among the firings minus its log-odds in the text, both with the text's frequencies as the prior;
-z = δ / √(1/(y_i + α) + 1/(y_j + α)). Unlike there, the firings stay part of the text that they are compared with: a token
-on which a latent always fires would have a rest of 0, whose 1/α makes z small for the very tokens to be found.
+z = δ / √(1/(y_i + α) + 1/(y_j + α)). Unlike there, the firings stay part of the text that they are compared with: a
+token on which a latent always fires would have a rest of 0, whose 1/α makes z small for the very tokens to be found.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from palimpsest.web.config import ServeConfig
 from palimpsest.web.refusals import BusyError, NoPageError
 
 MOST_WAITING = 6
-KEPT = 30
+KEPT = 12
+"""Jobs whose answers can be looked at again; that of a long text takes several megabytes."""
 
 State = Literal["waiting", "loading", "running", "done", "failed", "cancelled"]
 OVER: tuple[State, ...] = ("done", "failed", "cancelled")
@@ -173,8 +174,11 @@ class Bench:
         return unfinished.index(job) if job in unfinished else 0
 
     def cancel(self, job: Job) -> None:
-        """Stop a job before its next token, or never begin it."""
-        job.stop.set()
+        """Stop a job before its next token; one that waits is over at once, and its place in the queue is free."""
+        with self._lock:
+            job.stop.set()
+            if job.state == "waiting":
+                job.state = "cancelled"
 
     def loaded(self) -> str | None:
         """The id of the place whose models are in memory; None where there are none."""
@@ -189,30 +193,37 @@ class Bench:
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            job, work = item
-            job.started = time.monotonic()
-            try:
+            self._do(*item)
+            # Nothing of a job stays here: it would keep its models in memory while others are loaded.
+            del item
+
+    def _do(self, job: Job, work: Work) -> None:
+        job.started = time.monotonic()
+        try:
+            with self._lock:
                 job.check()
-                tools = self._tools(job)
-                job.check()
-                job.state, job.note = "running", ""
-                job.result = work(job, tools)
-                job.state = "done"
-            except CancelledError:
-                job.state = "cancelled"
-            except PalimpsestError as error:
-                job.error, job.state = str(error), "failed"
-            except Exception as error:
-                log.exception("A job of the app failed")
-                job.error = _plainly(error)
-                job.state = "failed"
-            finally:
-                job.seconds = time.monotonic() - job.started
+                job.state = "loading"
+            tools = self._tools(job)
+            job.check()
+            job.state, job.note = "running", ""
+            job.result = work(job, tools)
+            job.state = "done"
+        except CancelledError:
+            job.state = "cancelled"
+        except PalimpsestError as error:
+            job.error, job.state = str(error), "failed"
+        except BaseException as error:
+            # Libraries written in Rust panic with what is no Exception; without its thread no job would ever end.
+            log.exception("A job of the app failed")
+            job.error = _plainly(error)
+            job.state = "failed"
+        finally:
+            job.seconds = time.monotonic() - job.started
 
     def _tools(self, job: Job) -> Tools:
         if self._open is not None and self._open[0] == job.place.id:
             return self._open[1]
-        job.state, job.note = "loading", "Loading the models; they stay in memory for the next question."
+        job.note = "Loading the models; they stay in memory for the next question."
         # The others go first: two sets may not fit.
         self._open = None
         tools = self._opener(job.place)
@@ -220,7 +231,7 @@ class Bench:
         return tools
 
 
-def _plainly(error: Exception) -> str:
+def _plainly(error: BaseException) -> str:
     """What may be told of an error that nobody foresaw."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "There is not enough memory for this. Shorten the text, or serve with --dtype bfloat16."

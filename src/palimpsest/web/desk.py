@@ -17,8 +17,8 @@ from palimpsest.latents.schema import LABELS_STAGE, STAGE
 from palimpsest.web.bench import Bench, Place
 from palimpsest.web.columns import Column, columns
 from palimpsest.web.config import ServeConfig
-from palimpsest.web.evidence import Evidence, dictionaries_of, gather
-from palimpsest.web.refusals import GoneError, NoPageError
+from palimpsest.web.evidence import Evidence, dictionaries_of, gather, tuned_of
+from palimpsest.web.refusals import GoneError, NoPageError, PageError
 from palimpsest.web.runs import Entry, Shelf
 
 HELD = 2
@@ -54,7 +54,7 @@ class Desk:
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
         self._shown: OrderedDict[Any, Shown] = OrderedDict()
-        self._families: dict[Any, frozenset[str]] = {}
+        self._families: dict[Any, tuple[frozenset[str], str]] = {}
 
     def open(self, id: str) -> tuple[Entry, Artifact]:
         """A finished run.
@@ -112,12 +112,24 @@ class Desk:
 
     def family(self, entry: Entry) -> frozenset[str]:
         """Dictionaries of a run, by hash and by path."""
+        return self._read(entry)[0]
+
+    def examples_of(self, entry: Entry) -> list[Entry]:
+        """Examples runs of a run's dictionary, those of another fine-tune left out."""
+        tuned = self._read(entry)[1]
+        found = [one for one in self.related(entry) if one.stage == STAGE]
+        return [one for one in found if not tuned or self._read(one)[1] in ("", tuned)]
+
+    def _read(self, entry: Entry) -> tuple[frozenset[str], str]:
+        """Dictionaries and tuned model of a run, remembered."""
         key = (entry.id, entry.stamp)
         with self._lock:
             if key in self._families:
                 return self._families[key]
-        found = dictionaries_of(entry)
+        found = dictionaries_of(entry), tuned_of(entry)
         with self._lock:
+            for old in [one for one in self._families if one[0] == entry.id]:
+                del self._families[old]
             self._families[key] = found
         return found
 
@@ -131,13 +143,13 @@ class Desk:
         return own + [Place(one.id, one.name, one.path) for one in self.examples()]
 
     def place(self, id: str) -> Place:
-        """One of `places`, the first one by default.
+        """One of `places`; by default the first whose latents can be read.
 
         Raises:
             NoPageError: There is none of that id.
         """
         known = self.places()
-        found = next((one for one in known if one.id == id), known[0] if known and not id else None)
+        found = next((one for one in known if one.id == id or (not id and self._readable(one))), None)
         if found is None:
             raise NoPageError(
                 "There is no dictionary to read with",
@@ -146,6 +158,12 @@ class Desk:
         if found.folder is not None:
             self.shelf.open(self.shelf.entry(found.id))
         return found
+
+    def _readable(self, place: Place) -> bool:
+        try:
+            return place.folder is None or bool(self.shown(place.id))
+        except PageError:
+            return False
 
     def need_bench(self) -> Bench:
         """The models.

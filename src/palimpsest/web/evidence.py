@@ -125,6 +125,11 @@ def _about(entry: Entry) -> Mapping[str, Any]:
     return data if isinstance(data, Mapping) else {}
 
 
+def tuned_of(entry: Entry) -> str:
+    """Where the tuned model of a run is; empty where there is none, or nobody said."""
+    return _tuned(_about(entry))
+
+
 def _tuned(about: Mapping[str, Any]) -> str:
     """Where the tuned model of a run is; empty where there is none, or nobody said."""
     pair = about.get("pair")
@@ -143,12 +148,10 @@ def gather(shelf: Shelf, related: Iterable[Entry], index: LatentIndex) -> Eviden
             if mine and other and mine != other:
                 continue  # it speaks of another fine-tune
             try:
-                found = READERS[entry.stage](shelf.open(entry), index_site)
-                latents = np.asarray(found["latent"], np.int64)
-            except (PalimpsestError, pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
+                sources.append(_source(entry, READERS[entry.stage](shelf.open(entry), index_site)))
+            except Exception as error:
+                # Its table may be anything; the latents themselves are shown all the same.
                 log.warning("%s says nothing of its latents: %s", entry.name, error)
-                continue
-            sources.append(_source(entry, latents, {k: v for k, v in found.items() if k != "latent"}))
     _join_change(index)
     joined = []
     for source in sources:
@@ -161,7 +164,12 @@ def gather(shelf: Shelf, related: Iterable[Entry], index: LatentIndex) -> Eviden
     return Evidence(tuple(sources), tuple(joined))
 
 
-def _source(entry: Entry, latents: np.ndarray, columns: Mapping[str, list[Any]]) -> Source:
+def _source(entry: Entry, found: Mapping[str, list[Any]]) -> Source:
+    """One row per latent of a run's table, columns that are neither numbers nor text left out."""
+    latents = np.asarray(found["latent"], np.int64)
+    if latents.ndim != 1:
+        raise ValueError("its latents are no numbers")
+    columns = {key: values for key, values in found.items() if key != "latent" and _plain(values)}
     order = np.argsort(latents, kind="stable")
     latents = latents[order]
     first = np.ones(len(latents), bool)
@@ -170,6 +178,12 @@ def _source(entry: Entry, latents: np.ndarray, columns: Mapping[str, list[Any]])
     return Source(
         entry, entry.name, latents[first], {key: [values[i] for i in kept] for key, values in columns.items()}
     )
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether a column is all text or all numbers."""
+    kinds = {type(one) for one in values if one is not None}
+    return kinds <= {str} or kinds <= {int, float}
 
 
 def _join_change(index: LatentIndex) -> None:

@@ -20,6 +20,7 @@ DEEPEST = 8
 MOST_RUNS = 5_000
 MOST_FOLDERS = 50_000
 LARGEST_MANIFEST = 32 << 20
+LARGEST_SIZE = 1 << 60
 RESCAN_SECONDS = 2.0
 SKIPPED = {disk.PARTS, "node_modules", "__pycache__"}
 
@@ -142,6 +143,12 @@ class Shelf:
         except (ArtifactError, RecursionError) as error:
             raise GoneError(f"The run {entry.name} cannot be shown", found=error) from error
         for path in entry.path.rglob("*"):
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                # A pipe would be waited for without end.
+                raise GoneError(
+                    f"The run {entry.name} is not shown: it holds what is neither file nor folder",
+                    found=path.name,
+                )
             if path.is_symlink() and not path.resolve().is_relative_to(self.root):
                 raise GoneError(
                     f"The run {entry.name} is not shown: it holds a link that leaves the served folder",
@@ -231,4 +238,4 @@ def _damaged(entry: Entry, why: str) -> Entry:
 
 def _size(files: Mapping[str, Any]) -> int:
     sizes = [one.get("bytes") for one in files.values() if isinstance(one, dict)]
-    return sum(size for size in sizes if isinstance(size, int))
+    return sum(size for size in sizes if isinstance(size, int) and 0 <= size < LARGEST_SIZE)

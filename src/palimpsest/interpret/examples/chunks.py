@@ -105,8 +105,13 @@ class Chunk:
             begin, end = int(pointer[0]), int(pointer[-1])
             arrays = {}
             for name in names:
-                part = name == "slot" or name.startswith("signal")
-                arrays[name] = handle.get_slice(name)[begin:end] if part else handle.get_tensor(name)
+                if name != "slot" and not name.startswith("signal"):
+                    arrays[name] = handle.get_tensor(name)
+                elif begin < end:
+                    arrays[name] = handle.get_slice(name)[begin:end]
+                else:
+                    # Of a tensor without elements no slice can be taken, not even an empty one.
+                    arrays[name] = np.zeros(0, np.int32 if name == "slot" else np.float32)
         return _chunk(arrays | {"pointer": pointer - begin})
 
 

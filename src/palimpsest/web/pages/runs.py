@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
 from palimpsest.artifacts import Artifact
+from palimpsest.display.text import finite
 from palimpsest.errors import PalimpsestError
 from palimpsest.latents.schema import STAGE
 from palimpsest.log import log
@@ -52,15 +54,16 @@ def one(desk: Desk, ask: Ask) -> Answer:
         "problem": "",
         "latents_at": f"/run/{entry.id}/latents" if _browsable(entry) else "",
         "live_at": f"/live/{entry.id}" if entry.stage in TRAINING else "",
-        "examples": [_row(one) for one in desk.related(entry) if one.stage == STAGE]
-        if entry.status == "complete"
-        else [],
+        "examples": [_row(one) for one in desk.examples_of(entry)] if entry.status == "complete" else [],
+        "examples_command": "",
     }
     if entry.status == "damaged":
         return Answer("run.html.j2", context | {"problem": entry.summary})
     artifact = desk.shelf.open(entry, running=True)
     context["facts"] = _facts(entry, artifact)
     if entry.status == "complete":
+        if not context["examples"]:
+            context["examples_command"] = _examples_command(desk, entry, artifact)
         try:
             context["report"] = _report(desk, entry, artifact)
         except PalimpsestError as error:
@@ -121,7 +124,9 @@ def size(count: int) -> str:
 
 def _facts(entry: Entry, artifact: Artifact) -> list[tuple[str, str]]:
     manifest = artifact.manifest
-    seconds = sum(one for one in (manifest.get("timings") or {}).values() if isinstance(one, int | float))
+    timings = manifest.get("timings")
+    listed = timings.values() if isinstance(timings, Mapping) else ()
+    seconds = sum(number for one in listed if (number := finite(one)) is not None)
     rows = [
         ("folder", str(entry.path)),
         ("stage", entry.stage),
@@ -133,10 +138,27 @@ def _facts(entry: Entry, artifact: Artifact) -> list[tuple[str, str]]:
     return [(name, value) for name, value in rows if value]
 
 
+def _examples_command(desk: Desk, entry: Entry, artifact: Artifact) -> str:
+    """What collects the examples of the latents that a run speaks of; empty where it speaks of none of one pair."""
+    asked = artifact.config
+    base, tuned, dictionary = (asked.get(name) for name in ("base", "tuned", "dictionary"))
+    if entry.stage not in ("audit", "diff"):
+        return ""
+    named = {name: str(one.get("path")) for name, one in entry.inputs.items() if isinstance(one, Mapping)}
+    dictionary = named.get("dictionary") or dictionary
+    models = artifact.manifest["models"]
+    corpora = [f"{name.rpartition('/')[2].rpartition(' ')[2]}={path}" for name, path in named.items()]
+    listed = [one for one in corpora if one.partition("=")[2].endswith((".jsonl", ".parquet", ".txt"))]
+    words = [str(models.get("base") or base or "BASE"), str(models.get("tuned") or tuned or "TUNED")]
+    words += ["--dictionary", str(dictionary or "DICTIONARY")]
+    words += ["--corpus", *(listed or ["general.jsonl"])]
+    return shlex.join(["palimpsest", "examples", *words, "--out", f"{desk.shelf.root / entry.name}-examples"])
+
+
 def _report(desk: Desk, entry: Entry, artifact: Artifact) -> dict[str, Any]:
     """The sections of the report, drawn; the last few runs stay in memory, since most of the time goes here."""
     address, shown, stamp = "", frozenset[int](), None
-    examples = [one for one in desk.related(entry) if one.stage == STAGE]
+    examples = desk.examples_of(entry)
     target = entry if _browsable(entry) else examples[0] if examples else None
     if target is not None:
         try:
