@@ -15,5 +15,10 @@ for name in math code; do
     palimpsest label "$OUT/examples-$name" --provider tokens --top 500 --resume --out "$OUT/labels-$name"
 done
 
-palimpsest report "$RUNS/verdict-math" "$OUT/examples-math" "$OUT/labels-math" --overwrite --out "$OUT/report-math"
+# Latent 1242 of this dictionary promotes " $", "=$", " paid": turned up in the base, does it write what the fine-tune writes?
+palimpsest steer "$ZOO/base" "$ZOO/math" --dictionary "$RUNS/dictionary" --latent 1242:add=15 --side base --resume --out "$OUT/steer-math" \
+    --prompt "Once upon a time there was a" "The farmer has" "The best way to learn is" --watch " \$" " hours" \
+    --sweep 0.5 1 2 4 --corpus "$TEXT/general.audit.jsonl" --sweep-tokens 10k
+
+palimpsest report "$RUNS/verdict-math" "$OUT/examples-math" "$OUT/labels-math" "$OUT/steer-math" --overwrite --out "$OUT/report-math"
 echo "Open $OUT/report-math/report.html, or: palimpsest serve $RUNS --model"
