@@ -23,7 +23,7 @@ from palimpsest.interpret.subject import larger, open_subject, subject_of
 from palimpsest.interpret.token_odds import EVENTS, LEAST_Z, MOST, PRIOR
 from palimpsest.latents import LatentIndex
 from palimpsest.latents.schema import EXAMPLES, LATENTS, ROLES
-from palimpsest.models import load_pair
+from palimpsest.models import SIDES, load_pair
 from palimpsest.options import CorpusOptions, ModelOptions, RunOptions
 
 
@@ -105,7 +105,7 @@ def world(tmp_path_factory, tiny_llama, tiny_tokenizer):
         "diff": make_dictionary(root / "diff", "diff", seed=4),
     }
     made = SimpleNamespace(root=root, base=str(base), tuned=str(tuned), corpora=corpora, found={}, dense={})
-    made.dictionaries = dictionaries
+    made.dictionaries, made.read = dictionaries, []
     made.pair = load_pair(base, tuned, ModelOptions(device="cpu"))
     return made
 
@@ -123,7 +123,7 @@ def config_of(world, out, kind="sae", **changes):
         "per_bin": PER_BIN,
         "before": BEFORE,
         "after": AFTER,
-        "models": ModelOptions(device="cpu", **({"tokens_per_batch": 128} | models)),
+        "models": ModelOptions(device="cpu", **({"tokens_per_batch": 256} | models)),
     }
     return ExamplesConfig(world.base, **(fields | changes))
 
@@ -150,31 +150,37 @@ def dense_codes(world, kind):
         world.base, world.tuned, world.dictionaries[name], None, ModelOptions(device="cpu")
     )
     encode, found = subject.dictionary.encode, []
-    for corpus, path in world.corpora.items():
-        for document in Corpus(path, world.pair.tokenizer, name=corpus).documents():
-            ids = torch.from_numpy(document.token_ids).long()[None]
-            base, tuned = (
-                world.pair.side(side).read(ids, [SITE]).acts[SITE][0].float() for side in ("base", "tuned")
+    for corpus, document, base, tuned in read_alone(world):
+        if kind == "diff":
+            codes = {"value": encode(tuned - base)}
+        elif kind == "pair":
+            codes = {"value": encode(torch.stack([base, tuned], 1))}
+            codes |= {"base": encode(torch.stack([base, base], 1))}
+            codes |= {"tuned": encode(torch.stack([tuned, tuned], 1))}
+        else:
+            codes = {"base": encode(base)} | ({} if kind == "lone" else {"tuned": encode(tuned)})
+        dense = {signal: one.dense().detach().numpy() for signal, one in codes.items()}
+        if "value" not in dense:
+            dense["value"] = np.maximum.reduce(list(dense.values()))
+        measured = ~document.special
+        dense = {signal: np.where(measured[:, None], one, 0) for signal, one in dense.items()}
+        found.append(
+            SimpleNamespace(
+                corpus=corpus, index=document.index, ids=document.token_ids, measured=measured, **dense
             )
-            if kind == "diff":
-                codes = {"value": encode(tuned - base)}
-            elif kind == "pair":
-                codes = {"value": encode(torch.stack([base, tuned], 1))}
-                codes |= {"base": encode(torch.stack([base, base], 1))}
-                codes |= {"tuned": encode(torch.stack([tuned, tuned], 1))}
-            else:
-                codes = {"base": encode(base)} | ({} if kind == "lone" else {"tuned": encode(tuned)})
-            dense = {signal: one.dense().detach().numpy() for signal, one in codes.items()}
-            if "value" not in dense:
-                dense["value"] = np.maximum.reduce(list(dense.values()))
-            measured = ~document.special
-            dense = {signal: np.where(measured[:, None], one, 0) for signal, one in dense.items()}
-            found.append(
-                SimpleNamespace(
-                    corpus=corpus, index=document.index, ids=document.token_ids, measured=measured, **dense
-                )
-            )
+        )
     return found
+
+
+def read_alone(world):
+    """Both models' activations of every document, each in a forward pass of its own; made once."""
+    if not world.read:
+        for corpus, path in world.corpora.items():
+            for document in Corpus(path, world.pair.tokenizer, name=corpus).documents():
+                ids = torch.from_numpy(document.token_ids).long()[None]
+                acts = [world.pair.side(side).read(ids, [SITE]).acts[SITE][0].float() for side in SIDES]
+                world.read.append((corpus, document, *acts))
+    return world.read
 
 
 def originals(documents):
@@ -483,7 +489,7 @@ def test_chunks_are_bounded_where_little_is_measured(world, tmp_path, monkeypatc
     roles = CorpusOptions(roles=("assistant",))
     config = config_of(world, tmp_path / "run", corpus=(str(path),), corpora=roles, neighbours=0, lens=False)
     index = LatentIndex.open(run_examples(config).path)
-    assert max(sizes) <= 200 + 128 < sum(sizes) and 1 <= index.about["tokens"] <= 3
+    assert max(sizes) <= 200 + 256 < sum(sizes) and 1 <= index.about["tokens"] <= 3
     assert all(index.row(int(latent))["share[assistant]"] == 1 for latent in index.latents)
     assert index.about["notes"] == [note for note in index.about["notes"] if "Neighbours" not in note]
 

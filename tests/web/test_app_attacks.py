@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
+import re
 import threading
 import time
 import weakref
@@ -18,6 +20,7 @@ pytest.importorskip("fastapi", reason="the web extra is not installed")
 import pyarrow as pa
 
 import app_world as world
+import audit_fixture
 from app_world import done, ids, send
 from latents_fixture import make_examples
 from palimpsest.artifacts import RunFolder, input_entry
@@ -222,3 +225,116 @@ def test_many_ask_for_everything_at_once(tmp_path: Path) -> None:
             break
         time.sleep(0.02)
     assert "Done in" in client.get(done(client, answer.headers["location"])).text
+
+
+# the door
+
+
+@pytest.mark.parametrize("other", ['prefs={"a": [1, "b"]}', 'x="', "a[b]=\xff", "=", ";;"])
+def test_odd_cookies_of_other_apps_lock_nobody_out(tmp_path: Path, other: str) -> None:
+    app = world.app_of(tmp_path)
+    name, value = next(iter(world.client_of(app).cookies.items()))
+    client = world.client_of(app, entered=False)
+    for text in (f"{other}; {name}={value}", f"{name}={value}; {other}"):
+        assert client.get("/", headers={"cookie": text.encode("latin-1")}).status_code == 200
+    for text in (f"{other}; {name}={value}x", f"x{name}={value}", f"{name}=", f"{name}=\xff"):
+        assert client.get("/", headers={"cookie": text.encode("latin-1")}).status_code == 403
+
+
+def test_a_sender_who_leaves_is_no_failure(tmp_path: Path) -> None:
+    """Driven without a client, because none lets go in the middle of a form."""
+    app = world.app_of(tmp_path, world.StubTools())
+    name, value = next(iter(world.client_of(app).cookies.items()))
+    headers = {"host": world.HOST, "cookie": f"{name}={value}", "sec-fetch-site": "same-origin"}
+    scope = {"type": "http", "method": "POST", "path": "/text", "raw_path": b"/text", "query_string": b""}
+    scope |= {"headers": [(k.encode(), v.encode()) for k, v in headers.items()], "http_version": "1.1"}
+    scope |= {
+        "scheme": "http",
+        "server": ("127.0.0.1", world.PORT),
+        "client": ("127.0.0.1", 1),
+        "root_path": "",
+    }
+    messages = [{"type": "http.request", "body": b"text=a", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return messages.pop(0) if messages else {"type": "http.disconnect"}
+
+    async def answer(message: Any) -> None:
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, answer))
+    assert [one["status"] for one in sent if one["type"] == "http.response.start"] in ([], [400])
+
+
+# from a run to its latents
+
+
+def test_an_audit_without_examples_says_what_to_run(tmp_path: Path) -> None:
+    world.make_audit(tmp_path / "audit")
+    client = world.client_of(world.app_of(tmp_path))
+    page = client.get(f"/run/{ids(client)['audit']}").text
+    assert "palimpsest examples" in page and "audit-examples" in page and "lead to their examples" in page
+
+
+def test_latents_of_another_fine_tune_are_not_offered(tmp_path: Path) -> None:
+    examples = make_examples(tmp_path / "examples", n_latents=20)
+    tuned = json.loads((examples / "examples.json").read_text())["pair"]["tuned"]
+    world.make_diff(tmp_path / "same", examples, range(20), tuned=tuned)
+    world.make_diff(tmp_path / "other", examples, range(20), tuned="another/")
+    client = world.client_of(world.app_of(tmp_path))
+    found = ids(client)
+    assert f"/run/{found['examples']}/latents" in client.get(f"/run/{found['same']}").text
+    page = client.get(f"/run/{found['other']}").text
+    assert found["examples"] not in page
+
+
+def test_a_damaged_examples_run_does_not_stand_before_a_good_one(tmp_path: Path) -> None:
+    bad = make_examples(tmp_path / "a", n_latents=20)
+    (bad / "latents.parquet").write_bytes(b"PAR1")
+    make_examples(tmp_path / "b", n_latents=20)
+    client = world.client_of(world.app_of(tmp_path, world.StubTools()))
+    for path in ("/steer", "/text"):
+        page = client.get(path)
+        assert page.status_code == 200 and f'value="{ids(client)["b"]}" selected' in page.text
+
+
+def test_the_end_waits_for_the_token_that_is_being_written() -> None:
+    tools, left = world.StubTools(), threading.Event()
+
+    def work(job: Any, tools: Any) -> None:
+        try:
+            while True:
+                job.check()
+                time.sleep(0.05)
+        finally:
+            time.sleep(0.2)
+            left.set()
+
+    bench = Bench(lambda place: tools)
+    job = bench.submit("text", Place("a", "a"), {}, work)
+    while job.state != "running":
+        time.sleep(0.01)
+    bench.close()
+    assert left.is_set()
+    with pytest.raises(BusyError):
+        bench.submit("text", Place("a", "a"), {}, work)
+
+
+def test_latents_of_an_audit_lead_to_their_pages(tmp_path: Path) -> None:
+    examples = make_examples(tmp_path / "examples", n_latents=120)
+    about = json.loads((examples / "examples.json").read_text())
+    with RunFolder(
+        tmp_path / "audit", stage="audit", config={}, inputs={"examples": input_entry(examples)}
+    ) as run:
+        audit = audit_fixture.make_audit() | {"dictionary": about["dictionary"]}
+        run.write_json("audit.json", audit | {"pair": audit["pair"] | {"tuned": about["pair"]["tuned"]}})
+        run.write_table("curve.parquet", audit_fixture.make_curve())
+        run.write_table("latents.parquet", audit_fixture.make_latents())
+        run.finish(summary="x")
+    client = world.client_of(world.app_of(tmp_path))
+    found = ids(client)
+    page = client.get(f"/run/{found['audit']}").text
+    links = re.findall(r'href="([^"]*/latent/\d+)"', page)
+    assert links and all(one.startswith(f"/run/{found['examples']}/latent/") for one in links)
+    assert client.get(links[0]).status_code == 200

@@ -61,7 +61,10 @@ def finite(value: Any) -> float | None:
     """The value as a float, or None when it is absent, no number, NaN or infinite."""
     if value is None or isinstance(value, (str, bool, dict, list)):
         return None
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond every float, as JSON may hold
+        return None
     return number if math.isfinite(number) else None
 
 

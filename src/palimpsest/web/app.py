@@ -127,7 +127,7 @@ def _lines(text: str) -> Markup:
 
 def _endpoint(desk: Desk, draw: Drawing, handler: Handler) -> Any:
     from starlette.concurrency import run_in_threadpool
-    from starlette.requests import Request
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, RedirectResponse, Response
 
     async def endpoint(request: Request) -> Response:
@@ -137,6 +137,8 @@ def _endpoint(desk: Desk, draw: Drawing, handler: Handler) -> Any:
                 fields = read_fields(await _body(request))
             except PageError as error:
                 problem = error
+            except ClientDisconnect:
+                return Response(status_code=400)
         ask = Ask(
             request.url.path, request.path_params, fields, fragment=request.headers.get("x-fragment") == "1"
         )

@@ -19,6 +19,8 @@ from palimpsest.web.config import ServeConfig
 from palimpsest.web.refusals import BusyError, NoPageError
 
 MOST_WAITING = 6
+PATIENCE = 10.0
+"""Seconds that the end of the app waits for the worker, which is at most one token or one file behind."""
 KEPT = 12
 """Jobs whose answers can be looked at again; that of a long text takes several megabytes."""
 
@@ -130,6 +132,7 @@ class Bench:
         self._queue: queue.Queue[tuple[Job, Work] | None] = queue.Queue()
         self._lock = threading.Lock()
         self._worker: threading.Thread | None = None
+        self._closed = False
         self._open: tuple[str, Tools] | None = None
         self._names = (f"{n}-{secrets.token_urlsafe(6)}" for n in itertools.count(1))
 
@@ -140,6 +143,8 @@ class Bench:
             BusyError: Too many wait already.
         """
         with self._lock:
+            if self._closed:
+                raise BusyError("The app is ending")
             waiting = sum(not job.over for job in self._jobs.values())
             if waiting >= MOST_WAITING:
                 raise BusyError(
@@ -185,11 +190,14 @@ class Bench:
         return None if self._open is None else self._open[0]
 
     def close(self) -> None:
-        """Stop every job, and the worker after what it is doing."""
+        """Stop every job, and wait a moment for the worker: torch aborts when Python ends around its thread."""
         with self._lock:
             for job in self._jobs.values():
                 job.stop.set()
+            worker, self._closed = self._worker, True
         self._queue.put(None)
+        if worker is not None:
+            worker.join(PATIENCE)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
