@@ -7,7 +7,7 @@ set -euo pipefail
 ZOO=${ZOO:-../shared/zoo}
 RUNS=${RUNS:-runs/zoo}
 TEXT=$ZOO/corpora
-OUT=$RUNS/interpret
+OUT=${OUT:-$RUNS/interpret}
 
 for name in math code; do
     palimpsest examples "$ZOO/base" "$ZOO/$name" --dictionary "$RUNS/dictionary" --resume --out "$OUT/examples-$name" \

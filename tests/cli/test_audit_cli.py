@@ -120,8 +120,10 @@ def test_report_and_info_read_the_folder(audited, command, workplace):
     before = inside.read_bytes()
     done = command("report", "run", "--out", "elsewhere.html", "--json")
     assert (done.code, done.err) == (0, "")
-    assert json.loads(done.out) == {"report": "elsewhere.html"}
-    assert (workplace / "elsewhere.html").stat().st_size > 10_000 and inside.read_bytes() == before
+    told, page = json.loads(done.out), workplace / "elsewhere.html"
+    assert told["report"] == "elsewhere.html" and told["files"] == {"elsewhere.html": page.stat().st_size}
+    assert told["summary"] in audited[1]["summary"] and told["plots"] == 0
+    assert page.stat().st_size > 10_000 and inside.read_bytes() == before
     done = command("info", "run")
     assert (done.code, done.err) == (0, "")
     assert done.out.startswith("audit (complete") and audited[1]["summary"] in done.out

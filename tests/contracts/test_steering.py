@@ -369,7 +369,9 @@ def hooks(model):
 
 @pytest.mark.parametrize("view", ["base", "pair"])
 def test_hooks_come_off_whatever_happens(world, ids, view):
-    tool = steerer(world.pair, make("topk", view))
+    made = make("topk", view)
+    made.W_dec.data[5] = 100.0
+    tool = steerer(world.pair, made)
     models = [world.pair.side(side).model for side in SIDES]
     before = [hooks(one) for one in models]
 
@@ -386,7 +388,7 @@ def test_hooks_come_off_whatever_happens(world, ids, view):
         raise ZeroDivisionError
     with pytest.raises(ConfigError, match="tokens"), tool.steering("tuned", "3:scale=4") as model:
         model.model(inputs_embeds=torch.zeros(1, 3, D_MODEL))
-    with pytest.raises(NumericsError, match="smaller"), tool.steering("tuned", "3:add=1e39") as model:
+    with pytest.raises(NumericsError, match="smaller"), tool.steering("tuned", "5:add=1e38") as model:
         model.read(ids, [SITE])
     assert [hooks(one) for one in models] == before
     assert not any(one.training for one in models)

@@ -161,8 +161,10 @@ def test_the_maps_count_every_latent_and_mark_the_new_ones_inside_the_limits(sho
 
 def test_the_verdict_of_a_diff_names_its_nulls(shown, runs):
     first = shown("diff")[0]
-    assert "1 of 100 latents are new" in first.verdict and "null pairs give 0.5" in first.verdict
-    assert "60.0% of the KL" in first.verdict and "random sets of the same weight: 10.7%" in first.verdict
+    assert "1 of 100 latents is new" in first.verdict and "null pairs give 0.5)" in first.verdict
+    # What is recovered is recovered by all latents, also where none of them is new.
+    assert "all latents, new or not, recover 60.0% of the KL" in first.verdict
+    assert "random sets of the same weight: 10.7%" in first.verdict
     data = dict(runs["diff"].data) | {
         "nulls": [],
         "tuned_only": {"surviving": 3, "null": None},
@@ -170,6 +172,9 @@ def test_the_verdict_of_a_diff_names_its_nulls(shown, runs):
         "removal": [],
         "attribution": [],
     }
+    weak = {**data, "tuned_only": {"surviving": 3, "null": 121.5}}
+    found = diff.sections(again(runs["diff"], weak))[0].verdict
+    assert "(null pairs give 121.5, so that none need be)" in found
     sections = diff.sections(again(runs["diff"], data))
     assert sections[0].verdict == "3 of 100 latents are new to the tuned model (no null was given)."
     said = " ".join(text_of(one) for one in sections)
@@ -252,6 +257,17 @@ def test_an_adapter_without_a_clear_change_is_not_said_to_have_one(runs):
     data = dict(runs["tune"].data)
     data["objective_value"] = {**data["objective_value"], "ci": [-0.2, 0.1]}
     assert "does not clearly change" in module_of(runs["tune"]).sections(again(runs["tune"], data))[0].verdict
+
+
+def test_a_word_and_a_sign_do_not_contradict_each_other(runs):
+    # Here a positive difference lowers the objective, so that neither a plus nor a minus may stand beside the word.
+    for value, ci, said in (
+        (0.1, [0.05, 0.2], "lowers its objective (by 0.1000 [0.0500, 0.2000]"),
+        (-0.1, [-0.2, -0.05], "raises its objective (by 0.1000 [0.0500, 0.2000]"),
+    ):
+        data = dict(runs["explain"].data)
+        data["objective"] = {**data["objective"], "difference": value, "ci": ci, "present": True}
+        assert said in module_of(runs["explain"]).sections(again(runs["explain"], data))[0].verdict
 
 
 def test_kept_curves_stand_beside_magnitude_and_random_orders(shown):
@@ -365,6 +381,15 @@ def test_steering_draws_strengths_in_order_with_guard_and_controls(shown):
     ]
     assert [one["name"] for one in texts[0]["texts"]] == ["base", "tuned", "tuned, steered"]
     assert texts[0]["texts"][1]["text"] == [" b", "c"]
+
+
+def test_what_was_written_beyond_the_guard_is_said_to_be(shown, runs):
+    assert "beyond the guard, at" not in text_of(shown("steer")[0])
+    data = dict(runs["steer"].data)
+    data["sweep"] = [{**one, "ok": one["strength"] < 1, "perplexity_ratio": 1.7} for one in data["sweep"]]
+    assert "beyond the guard, at 1.70" in text_of(
+        module_of(runs["steer"]).sections(again(runs["steer"], data))[0]
+    )
 
 
 def test_without_a_sweep_steering_says_what_to_run(runs):

@@ -6,6 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,90 @@ def test_a_card_says_what_other_runs_found(examples: dict[str, Path], tmp_path: 
     assert "What other runs found" in page.text and "numbers in sums 1" in page.text
 
 
+def _of(
+    path: Path, pair: tuple[str, str], data: dict[str, Any], inputs: dict[str, Any] | None = None
+) -> Path:
+    about = {**diff_data(), "pair": dict(zip(("base", "tuned"), pair, strict=True)), **data}
+    with RunFolder(path, stage="diff", config={}, inputs=inputs or {}) as run:
+        run.write_json("diff.json", about)
+        run.write_table("latents.parquet", diff_latents())
+        run.finish()
+    return path
+
+
+def test_labels_stand_in_the_table_of_their_dictionary(examples: dict[str, Path], tmp_path: Path) -> None:
+    def columns(*paths: Path) -> set[str]:
+        found = dict((table.name, table) for _, table in tables_of(sections_of(open_runs(paths))))
+        return {column.key for column in found["examples-latents"].columns}
+
+    assert {"label", "score"} <= columns(*examples.values())
+    about = json.loads((examples["labels"] / "labels.json").read_text())
+    data = {**about, "dictionary": {"sha256": "f" * 64}}
+    with RunFolder(tmp_path / "other", stage="labels", config={}, inputs={}) as run:
+        run.write_json("labels.json", data)
+        run.write_bytes("labels.parquet", (examples["labels"] / "labels.parquet").read_bytes())
+        run.finish()
+    assert "label" not in columns(examples["examples"], tmp_path / "other")
+
+
+def test_latents_of_a_dictionary_trained_anew_and_of_several_are_others(
+    examples: dict[str, Path], tmp_path: Path
+) -> None:
+    one = open_runs([examples["examples"]])[0]
+    about = one.data["dictionary"]
+    pair = ("base", "tuned")
+    anew = {"dictionary": {"path": about["path"], "sha256": "f" * 64}}
+    two = {
+        "dictionary": None,
+        "sites": [{"site": "a", "dictionary": about["path"]}, {"site": "b", "dictionary": "x"}],
+    }
+    alone = {"dictionary": None, "sites": [{"site": "a", "dictionary": about["path"], "sha256": "e" * 64}]}
+    made = {
+        "anew": _of(tmp_path / "anew", pair, anew),
+        "two": _of(tmp_path / "two", pair, two, {"dictionary/0": {"path": "p", "sha256": about["sha256"]}}),
+        "alone": _of(tmp_path / "alone", pair, alone),
+        "hostile": _of(tmp_path / "hostile", ("a\0b", "c\0"), {"dictionary": {"path": "\0"}}),
+    }
+    found = {run.name: run.same_latents(one) for run in open_runs(made.values())}
+    assert found == {"anew": False, "two": False, "alone": True, "hostile": False}
+
+
+def test_findings_on_other_models_are_kept_from_a_card(examples: dict[str, Path], tmp_path: Path) -> None:
+    own = open_runs([examples["examples"]])[0]
+    pair = (own.data["pair"]["base"], own.data["pair"]["tuned"])
+    data = {"dictionary": own.data["dictionary"]}
+    kin, strange = _of(tmp_path / "kin", pair, data), _of(tmp_path / "strange", (pair[0], "another"), data)
+    more = tmp_path / "more"
+    with RunFolder(more, stage="examples", config={}, inputs={}) as run:
+        run.write_json(
+            "examples.json", {**own.data, "pair": {"base": str(Path(pair[0]).resolve()), "tuned": "another"}}
+        )
+        for name in ("latents.parquet", "examples.parquet", "vocab.parquet"):
+            run.write_bytes(name, (own.path / name).read_bytes())
+        run.finish()
+    runs = open_runs([own.path, kin, strange])
+    sections = unique(sections_of(runs))
+    (deck,) = decks(runs, sections)
+    assert deck.others == {"kin"} and {name for name, _ in evidence_of(deck, sections)[1]} == {"kin"}
+    # Its numbers still lead to what the latent is, and the card says in which models it was read.
+    assert set(cards_by_run([deck])) == {"examples", "kin", "strange"}
+    assert f"{pair[0]} → {pair[1]}" in draw_cards([deck], sections, 10**7)[0]
+    runs = open_runs([own.path, more, kin, strange])
+    found = cards_by_run(decks(runs, unique(sections_of(runs))))
+    assert found["kin"].prefix == found["examples"].prefix == "latent-"
+    assert found["strange"].prefix == found["more"].prefix == "latent-more-"
+
+
+def test_every_finding_names_its_models_where_they_differ(audits: dict[str, Path], tmp_path: Path) -> None:
+    about = open_runs([audits["judged"]])[0].data["pair"]
+    same = _of(tmp_path / "same", (str(Path(about["base"]).resolve()), about["tuned"]), {})
+    page = fixture.Page(Report.of([audits["judged"], same]).html())
+    assert "This headline is of" not in page.text and about["tuned"] in page.text
+    other = _of(tmp_path / "other", (about["base"], "something-else"), {})
+    page = fixture.Page(Report.of([audits["judged"], same, other]).html())
+    assert "This headline is of judged" in page.text and "something-else" in page.text
+
+
 def test_latents_of_a_table_come_before_all_others(examples: dict[str, Path]) -> None:
     runs = open_runs([examples["examples"]])
     rows = [{"latent": one} for one in (77, 5, 109, 9999, None, 5)]
@@ -156,6 +241,35 @@ def test_a_page_with_cards_stays_below_its_limit(examples: dict[str, Path]) -> N
 
     page = render_page([_source("examples", "examples")], [], cards_by_run([deck]), draw, small)
     assert "<template" in page and len(page.encode()) <= small
+
+
+def test_tables_and_cards_give_way_where_many_runs_share_a_page(examples: dict[str, Path]) -> None:
+    (deck,) = decks(open_runs([examples["examples"]]), [])
+    rows = [{"latent": i, "text": f"{i} " + "x" * 200} for i in range(2000)]
+    columns = [Column("latent", "latent", "latent"), Column("text", "text")]
+    table = Table("t", "T", columns, rows, sort=("latent", True))
+    sections = unique(
+        [_section(id=f"s{i}", run="examples", blocks=[replace(table, name=f"t{i}")]) for i in range(9)]
+    )
+
+    def draw(room: int) -> Any:
+        return draw_cards([deck], [], room)[0]
+
+    limit = 2_500_000
+    for given in (draw, None):
+        page = render_page([_source("examples", "examples")], sections, cards_by_run([deck]), given, limit)
+        assert len(page.encode()) <= limit and ("<template" in page) == (given is not None)
+        text = fixture.Page(page).text
+        assert "more rows are in the run's own files only" in text and "1999 xxx" in text
+    assert draw_cards([deck], [], -1) == ("", 0)
+
+
+def test_latents_of_an_audit_are_cut_without_a_wrong_share(audits: dict[str, Path]) -> None:
+    sections = [one for one in sections_of(open_runs([audits["judged"]])) if one.id == "latents"]
+    whole, cut = (
+        fixture.Page(str(draw_section(sections[0], Page(most=most), named=False))) for most in (None, 2)
+    )
+    assert "together" in whole.text and "The 2 strongest of" in cut.text and "together" not in cut.text
 
 
 # What is written
