@@ -16,7 +16,7 @@ from palimpsest.latents import LatentIndex
 from palimpsest.latents.schema import LABELS_STAGE, STAGE
 from palimpsest.log import progress
 from palimpsest.report.data_table import Cards, ordered, plain_value
-from palimpsest.report.display import count
+from palimpsest.report.display import count, visible
 from palimpsest.report.draw import slug, tables_of
 from palimpsest.report.environment import report_environment
 from palimpsest.report.latent_view import latent_view
@@ -55,7 +55,8 @@ class Deck:
         prefix: How addresses of its cards begin.
         chosen: Latents with a card.
         runs: Names of the runs that speak of the same latents.
-        others: Those of them that found something beside examples and labels.
+        own: Those of them that speak of the same models, or name none.
+        others: Those of `own` that found something beside examples and labels.
     """
 
     run: Run
@@ -63,7 +64,16 @@ class Deck:
     prefix: str
     chosen: tuple[int, ...] = field(repr=False)
     runs: frozenset[str]
+    own: frozenset[str]
     others: frozenset[str]
+
+    @property
+    def pair(self) -> str:
+        """The models in which its latents were read, where other runs of the page speak of others; else empty."""
+        if self.own == self.runs:
+            return ""
+        pair = self.run.data.get("pair") or {}
+        return visible(f"{pair.get('base')} → {pair.get('tuned')}", 200)
 
     @property
     def cards(self) -> Cards:
@@ -80,22 +90,26 @@ def decks(runs: Sequence[Run], sections: Sequence[Section]) -> list[Deck]:
     sources = [run for run in runs if run.stage == STAGE]
     most = MOST // max(len(sources), 1)
     for place, run in enumerate(sources):
-        labels = [one.path for one in runs if one.stage == LABELS_STAGE and _same(one, run)]
+        same = [one for one in runs if one is run or one.same_latents(run)]
+        labels = [one.path for one in same if one.stage == LABELS_STAGE]
         index = LatentIndex.open(run.path, labels=labels)
-        same = [one for one in runs if one is run or _same(one, run)]
         kin = frozenset(one.name for one in same)
-        others = frozenset(one.name for one in same if one.stage not in (STAGE, LABELS_STAGE))
+        found_more = [one for one in same if one.stage not in (STAGE, LABELS_STAGE)]
+        others = frozenset(one.name for one in found_more if one.same_pair(run))
+        own = frozenset(one.name for one in same if one.same_pair(run))
         prefix = "latent-" if place == 0 else f"latent-{slug(run.name)}-"
-        found.append(Deck(run, index, prefix, _chosen(index, kin, sections, most), kin, others))
+        found.append(Deck(run, index, prefix, _chosen(index, kin, sections, most), kin, own, others))
     return found
 
 
 def cards_by_run(decks: Iterable[Deck]) -> dict[str, Cards]:
-    """Which cards the tables of each run link to."""
-    found: dict[str, Cards] = {}
-    for deck in decks:
-        for name in (deck.run.name, *sorted(deck.runs)):
-            found.setdefault(name, deck.cards)
+    """Which cards the tables of each run link to: its own, those of its models, those of its dictionary."""
+    listed = list(decks)
+    found = {deck.run.name: deck.cards for deck in listed}
+    for names in ("own", "runs"):
+        for deck in listed:
+            for name in sorted(getattr(deck, names)):
+                found.setdefault(name, deck.cards)
     return found
 
 
@@ -154,7 +168,7 @@ def _fitting(deck: Deck, evidence: Evidence, room: int) -> list[str]:
             steps[tier] += 1
             made |= _drawn(deck, tiers[tier], evidence, steps[tier])
     kept = [made[latent] for latent in deck.chosen]
-    while _size(kept) > room:
+    while kept and _size(kept) > room:
         kept = kept[: min(len(kept) - 1, int(len(kept) * room / _size(kept)))]
     return kept
 
@@ -219,11 +233,6 @@ def _audit_rows(deck: Deck, sections: Sequence[Section]) -> Iterable[tuple[str, 
                         yield section.run, row.latent, values
 
 
-def _same(one: Run, other: Run) -> bool:
-    """Whether two runs read one dictionary, and so speak of the same latents."""
-    return bool(one.dictionaries & other.dictionaries)
-
-
 def _chosen(
     index: LatentIndex, kin: frozenset[str], sections: Sequence[Section], most: int
 ) -> tuple[int, ...]:
@@ -272,5 +281,6 @@ def _card(
 ) -> Markup:
     view = latent_view(deck.index, latent, evidence, limits=limits, detail=detail, link=f"#{deck.prefix}{{}}")
     card = report_environment().get_template("latent.html.j2").module.card(view)  # type: ignore[attr-defined]
-    head = Markup('<template id="{}{}" data-latent="{}">').format(deck.prefix, latent, latent)
+    pair = Markup(' data-pair="{}"').format(deck.pair) if deck.pair else ""
+    head = Markup('<template id="{}{}" data-latent="{}"{}>').format(deck.prefix, latent, latent, pair)
     return head + card + Markup("</template>")

@@ -9,7 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from palimpsest.report.data_table import Cards, table_view
+from palimpsest.report.data_table import Cards, ordered, table_view
 from palimpsest.report.display import visible
 from palimpsest.report.environment import report_environment
 from palimpsest.report.parts import Block, Chart, Figures, Method, Prose, Section, Table, Template
@@ -26,11 +26,13 @@ class Page:
         cards: Latents with a card, by run.
         specs: Specification of every chart by name.
         tables: Rows of every table by name.
+        most: Rows of a table that have room, the first as it is sorted; None for all.
     """
 
     cards: Mapping[str, Cards] = field(default_factory=dict)
     specs: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    most: int | None = None
 
 
 def unique(sections: Iterable[Section]) -> list[Section]:
@@ -170,7 +172,7 @@ def _drawn(block: Block, section: Section, page: Page, lead: bool) -> tuple[str,
     if isinstance(block, Chart):
         return "wide", block
     if isinstance(block, Table):
-        view = table_view(block, cards)
+        view = table_view(_cut(block, page.most), cards)
         if view.count:
             page.tables[view.name] = view.data
         return "table", view
@@ -182,7 +184,22 @@ def _drawn(block: Block, section: Section, page: Page, lead: bool) -> tuple[str,
     if isinstance(charts, Mapping):
         page.specs |= {one.name: page_spec(one) for one in charts.values() if one.name not in page.specs}
     context = {"prefix": "", **block.context, "cards": cards, "lead": lead}
+    if page.most is not None and block.name == "latents.html.j2":
+        context["panels"] = [_cut_panel(one, page.most) for one in context["panels"]]
     return "html", Markup(report_environment().get_template(block.name).render(context, m=_module()))
+
+
+def _cut(table: Table, most: int | None) -> Table:
+    """A table of its first rows, which says how many there are in all."""
+    if most is None or len(table.rows) <= most:
+        return table
+    total = max(table.total or 0, len(table.rows))
+    return replace(table, rows=ordered(table)[:most], total=total)
+
+
+def _cut_panel(panel: Any, most: int) -> Any:
+    """An audit's latents on one corpus, the strongest; what all of them covered is not said of fewer."""
+    return panel if len(panel.rows) <= most else replace(panel, rows=panel.rows[:most], covered=None)
 
 
 def _module() -> Any:

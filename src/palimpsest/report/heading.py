@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from palimpsest.report.display import count, visible
-from palimpsest.report.parts import Run, Section, Template
+from palimpsest.report.parts import Run, Section, Template, in_full
 from palimpsest.report.reproduce import Recipe, recipe
 
 PARTS = {
@@ -77,11 +77,18 @@ def pair_names(data: Mapping[str, Any]) -> tuple[str, str]:
 
 def common_pair(sources: Sequence[Source]) -> tuple[str, str] | None:
     """The pair that all runs speak of, or None; a run of one model alone contradicts no pair."""
-    pairs = {one.pair for one in sources if one.pair[1]} or {one.pair for one in sources if one.pair[0]}
+    named = [one for one in sources if one.pair[1]] or [one for one in sources if one.pair[0]]
+    # Of several spellings of one path the first stands on the page.
+    pairs = {(in_full(one.pair[0]), in_full(one.pair[1])): one.pair for one in reversed(named)}
     if len(pairs) == 1:
-        return pairs.pop()
+        return next(iter(pairs.values()))
     bases = {base for base, _ in pairs}
-    return (bases.pop(), f"{len(pairs)} fine-tunes") if len(bases) == 1 else None
+    return (named[0].pair[0], f"{len(pairs)} fine-tunes") if len(bases) == 1 else None
+
+
+def several_pairs(sources: Sequence[Source]) -> bool:
+    """Whether runs speak of different fine-tunes, so that each finding needs the name of its own."""
+    return len({(in_full(one.pair[0]), in_full(one.pair[1])) for one in sources if one.pair[1]}) > 1
 
 
 def title(sources: Sequence[Source]) -> str:
@@ -183,11 +190,20 @@ def _over_audits(judged: Sequence[Section]) -> str:
     return f"Undeclared: {'; '.join(found)}" + (f"; nothing in the other {count(rest)}" if rest else "")
 
 
+def subject(lead: Section | None, sources: Sequence[Source]) -> tuple[str, str, str] | None:
+    """Run and pair of the headline where other runs of the page speak of other pairs."""
+    if lead is None or not several_pairs(sources):
+        return None
+    found = next((one for one in sources if one.name == lead.run and one.pair[1]), None)
+    return (visible(found.name, 60), *found.pair) if found else None
+
+
 def found_by_run(
     sections: Sequence[Section], lead: Section | None, drawn: Sequence[Section], sources: Sequence[Source]
 ) -> list[dict[str, str]]:
     """What each run but the leading one found, with the section that says more."""
     stages = {one.name: one.stage for one in sources}
+    tuned = {one.name: visible(one.pair[1], 60) for one in sources} if several_pairs(sources) else {}
     there = {one.id for one in drawn}
     first = {one.run: one.id for one in reversed(drawn)}
     return [
@@ -195,6 +211,7 @@ def found_by_run(
             "id": one.id if one.id in there else first.get(one.run, "top"),
             "run": visible(one.run or one.title, 60),
             "stage": stages.get(one.run, ""),
+            "tuned": tuned.get(one.run, ""),
             **dict(zip(("sentence", "rest"), _opening(one.verdict), strict=True)),
         }
         for one in sections

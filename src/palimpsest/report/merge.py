@@ -12,6 +12,7 @@ from palimpsest.errors import ArtifactError, ConfigError
 from palimpsest.log import log
 from palimpsest.report.display import visible
 from palimpsest.report.parts import Run, Section
+from palimpsest.report.sections.labels import labels_of
 
 STAGES = {
     "audit": ("audit.json", "palimpsest.report.audit_sections"),
@@ -108,7 +109,7 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
     for run in runs:
         module = STAGES[run.stage][1] if run.stage in STAGES else OTHER
         try:
-            found += import_module(module).sections(run)
+            found += _sections(run, module, runs)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ArtifactError(
                 f"{run.path} does not hold what a run of stage {run.stage} holds",
@@ -116,6 +117,14 @@ def sections_of(runs: Sequence[Run]) -> list[Section]:
                 fix="Make it again with this version of palimpsest, or leave it out",
             ) from error
     return found
+
+
+def _sections(run: Run, module: str, runs: Sequence[Run]) -> list[Section]:
+    """The sections of a run; labels of the same latents stand beside its examples."""
+    draw = import_module(module).sections
+    if run.stage != "examples":
+        return draw(run)
+    return draw(run, labels_of([one for one in runs if one.stage == "labels" and one.same_latents(run)]))
 
 
 def comparable_audits(runs: Sequence[Run]) -> list[list[Run]]:

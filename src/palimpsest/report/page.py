@@ -31,6 +31,10 @@ __all__ = ["Source", "inert_json", "render", "render_page"]
 
 LIMIT = 9_800_000
 """Bytes of a page at most, where latents have cards; 10 MB can still be sent around."""
+ROWS = (None, 500, 100, 20, 8)
+"""Rows of each table, from all to few, of which the first that leave room enough are on the page."""
+CARDS_SHARE = 0.3
+"""Room that tables leave to cards."""
 MANY = 12
 """Sections from which on a page of one run has its links at the side, too."""
 
@@ -48,6 +52,7 @@ class _View:
     site: str
     headline: str
     rest: str
+    of: tuple[str, str, str] | None
     many: bool
     top: Markup
     claims: Markup
@@ -90,26 +95,41 @@ def render_page(
         sections: Their sections with unique names, in the order of the page.
         cards: Which latents have a card, by run.
         draw_cards: Draws those cards.
-        limit: Bytes of the page at most; the cards get what the rest leaves.
+        limit: Bytes of the page at most; long tables are cut to it, and cards get what the rest leaves.
 
     Returns:
         HTML with every script and style inside, whose own policy forbids any network use.
     """
+    html = ""
+    for most in ROWS:
+        page = Page(cards or {}, most=most)
+        view = _view(sources, sections, page)
+        bare = _assembled(view, page, None if draw_cards is None else lambda _: Markup(""), limit)
+        left = limit - len(bare.encode())
+        # Rows give way before cards do: they are in report.json, and what they name could not be opened.
+        if left >= (limit * CARDS_SHARE if draw_cards else 0) or most == ROWS[-1]:
+            html = bare if draw_cards is None else _assembled(view, page, draw_cards, limit)
+            break
+    return html
+
+
+def _view(sources: Sequence[Source], sections: Sequence[Section], page: Page) -> _View:
+    """Everything that the template prints; charts and tables are left in the page."""
     several = len(sources) > 1
     many = several or len(sections) > MANY
-    page = Page(cards or {})
     lead = heading.leader(sections, sources)
     others = [heading.beside(one, sources) for one in sections if one is not lead]
     rest = heading.gathered([one for one in others if one.blocks or one.lead])
     methods = methods_of(sections)
     headline, rest_of_it = heading.headline(sections, lead, sources)
-    view = _View(
+    return _View(
         title=heading.title(sources),
         kind=f"Palimpsest {'report' if several else sources[0].stage}",
         pair=heading.common_pair(sources),
         site=sources[0].site if len({one.site for one in sources if one.site}) == 1 else "",
         headline=headline,
         rest=rest_of_it,
+        of=heading.subject(lead, sources),
         many=many,
         top=Markup("") if lead is None else draw_top(_without(lead, heading.CLAIMS), page),
         claims=_claims(sections, sources, page),
@@ -118,7 +138,6 @@ def render_page(
         recipes=[one.recipe for one in sources],
         body=_body(rest, methods, page, several),
     )
-    return _assembled(view, page, draw_cards, limit)
 
 
 def _body(rest: Sequence[Section], methods: Sequence[Any], page: Page, several: bool) -> Markup:

@@ -18,6 +18,14 @@ Kind = Literal["text", "number", "share", "count", "token", "latent", "words"]
 link to its card where there is one."""
 
 
+def in_full(model: Any) -> str:
+    """A model's name such that two spellings of one path are equal; empty for none."""
+    try:
+        return str(Path(str(model)).resolve()) if model else ""
+    except (OSError, ValueError, RuntimeError):  # a name that no path can have
+        return str(model)
+
+
 @dataclass(frozen=True)
 class Run:
     """One finished artifact that a report is made from.
@@ -43,16 +51,51 @@ class Run:
         return self.artifact.path
 
     @cached_property
+    def pair(self) -> tuple[str, str]:
+        """Base and tuned, paths in full; the second is empty for a run of one model, both where none is named."""
+        about = self.data.get("pair")
+        pair = about if isinstance(about, Mapping) else {}
+        base, tuned = pair.get("base") or self.data.get("model"), pair.get("tuned")
+        return (in_full(base), in_full(tuned))
+
+    def same_latents(self, other: Run) -> bool:
+        """Whether two runs read one dictionary. A path counts only where a hash is missing: it may be trained anew."""
+        if self._hashes and other._hashes:
+            return bool(self._hashes & other._hashes)
+        return bool(self.dictionaries & other.dictionaries)
+
+    def same_pair(self, other: Run) -> bool:
+        """Whether two runs may speak of the same models: a run that names no tuned model contradicts no other."""
+        return not (self.pair[1] and other.pair[1]) or self.pair == other.pair
+
+    @cached_property
+    def _sites(self) -> list[Any]:
+        sites = self.data.get("sites")
+        return sites if isinstance(sites, list) else []
+
+    @cached_property
+    def _hashes(self) -> frozenset[str]:
+        """Hashes of whole dictionaries: adapters list others, of their tensors alone."""
+        inputs = [one for name, one in self.artifact.inputs.items() if name.split("/")[0] == "dictionary"]
+        listed = [self.data.get("dictionary"), *inputs] if len(self._sites) < 2 else []
+        return frozenset(
+            str(one["sha256"]) for one in listed if isinstance(one, Mapping) and one.get("sha256")
+        )
+
+    @cached_property
     def dictionaries(self) -> frozenset[str]:
-        """Hashes and resolved paths of the dictionaries that it read: runs that share one speak of the same latents."""
-        about = self.data.get("dictionary")
-        listed: list[Any] = [about, self.artifact.inputs.get("dictionary"), *(self.data.get("sites") or [])]
-        found: set[str] = set()
+        """Hashes and paths in full of the dictionary that it read.
+
+        Empty where it read several: their latents bear the same numbers, and none can be told by its number alone.
+        """
+        if len(self._sites) > 1:
+            return frozenset()
+        listed = [self.data.get("dictionary"), self.artifact.inputs.get("dictionary"), *self._sites]
+        found = set(self._hashes)
         for one in listed:
             if isinstance(one, Mapping):
-                found |= {str(one[key]) for key in ("sha256",) if one.get(key)}
-                path = one.get("path") or one.get("dictionary")
-                found |= {str(Path(str(path)).resolve())} if path else set()
+                path = in_full(one.get("path") or one.get("dictionary"))
+                found |= {str(name) for name in (one.get("sha256"), path) if name}
         return frozenset(found)
 
 
@@ -133,11 +176,12 @@ class Prose:
 
     Attributes:
         paragraphs: One string each.
-        kind: `note` is set apart, `callout` warns, `empty` says what to run next (a command may follow in `command`).
+        kind: `note` is set apart, `folded` opens on demand, `callout` warns, `empty` says what to run next (a command
+            may follow in `command`).
     """
 
     paragraphs: Sequence[str]
-    kind: Literal["plain", "note", "callout", "empty"] = "plain"
+    kind: Literal["plain", "note", "folded", "callout", "empty"] = "plain"
     command: str = ""
 
 

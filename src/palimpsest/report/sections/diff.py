@@ -82,11 +82,14 @@ def _verdict(run: Run) -> str:
         return ""
     of = "" if total is None else f" of {count(total)}"
     beside = "no null was given" if null is None else f"null pairs give {decimal(null, 1)}"
-    text = f"{count(surviving)}{of} latents are new to the tuned model ({beside})"
+    if null is not None and 0 < surviving <= null:
+        beside += ", so that none need be"
+    verb = "is" if surviving == 1 else "are"
+    text = f"{count(surviving)}{of} latents {verb} new to the tuned model ({beside})"
     whole = finite(_patch(run, "all+bias").get("share"))
     if whole is None:
         return f"{text}."
-    text += f"; all together they recover {percent(whole)} of the KL between the two models"
+    text += f"; all latents, new or not, recover {percent(whole)} of the KL between the two models"
     best = _patch(run, "best:attribution")
     share, size, random = finite(best.get("share")), finite(best.get("size")), _random(run, "attribution")
     if share is None or size is None:

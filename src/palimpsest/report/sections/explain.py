@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from palimpsest.report.display import count, decimal, finite, percent, visible
+from palimpsest.report.display import count, decimal, finite, pair_of, percent, visible
 from palimpsest.report.parts import Block, Figures, Prose, Run, Section
 from palimpsest.report.sections import methods
 from palimpsest.report.sections.explain_charts import (
@@ -131,9 +132,8 @@ def _verdict(run: Run) -> str:
     verb = (
         f"{verb} its objective" if objective.get("present", True) else "does not clearly change its objective"
     )
-    by = number_text(change, objective.get("ci"), 4, True)
-    text = f"The adapter {verb} ({by} {unit}); {count(half)} of {count(few.get('moved'))} moved latents "
-    text += "hold half of its effect"
+    text = f"The adapter {verb} (by {_lowered(objective)} {unit}); "
+    text += f"{count(half)} of {count(few.get('moved'))} moved latents hold half of its effect"
     pruned = mapping(run.data.get("pruned"))
     if finite(pruned.get("n")) is not None:
         kept, random = share_text(pruned.get("share"), pruned.get("ci")), finite(pruned.get("random_n"))
@@ -142,15 +142,24 @@ def _verdict(run: Run) -> str:
     return f"{text}."
 
 
+def _lowered(objective: Mapping[str, Any]) -> str:
+    """By how much the objective falls. The sign is told by the word; below zero it rises, and the words say so."""
+    change, pair = finite(objective.get("difference")) or 0.0, pair_of(objective.get("ci"))
+    # What rises by a number has that number's interval, its ends turned round.
+    interval = pair if pair is None or change >= 0 else (-pair[1], -pair[0])
+    return number_text(abs(change), interval, 4)
+
+
 def _figures(run: Run) -> list[Item]:
     data = run.data
     objective, few = mapping(data.get("objective")), mapping(data.get("concentration"))
     items: list[Item] = []
     if finite(objective.get("difference")) is not None:
-        text = number_text(objective.get("difference"), objective.get("ci"), 4, True)
+        text = _lowered(objective)
         unit = visible(objective.get("unit") or "", 60)
         present = "" if objective.get("present", True) else "cannot be told from 0; "
-        items.append(("lowers its objective by", text, f"{present}{unit}"))
+        verb = "lowers" if float(objective["difference"]) >= 0 else "raises"
+        items.append((f"{verb} its objective by", text, f"{present}{unit}"))
     if finite(few.get("half")) is not None:
         beside = f"{count(few.get('most'))} hold 90%; {count(few.get('moved'))} moved"
         items.append(("half of the effect in", f"{count(few.get('half'))} latents", beside))
@@ -167,6 +176,8 @@ def _figures(run: Run) -> list[Item]:
         text = number_text(ratio, dig(data, "specificity", "top", "ci"), 2)
         shuffled = figure(data, "specificity", "permuted", "ratio")
         beside = "" if shuffled is None else f"shuffled values: {decimal(shuffled, 2)}"
+        p = figure(data, "specificity", "p")
+        beside += f", p {decimal(p, 3)}" if beside and p is not None else ""
         items.append(("top latents fire more on its data", f"× {text}", beside))
     return items
 

@@ -149,7 +149,7 @@ def summary(run: Run) -> str:
 def in_full(run: Run) -> list[Prose]:
     """The run's own summary, for below a shorter sentence."""
     text = summary(run)
-    return [Prose([text])] if text else []
+    return [Prose([text], "folded")] if text else []
 
 
 def spread(values: Sequence[float], gap: float) -> list[float]:

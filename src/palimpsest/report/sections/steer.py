@@ -42,7 +42,7 @@ def sections(run: Run) -> list[Section]:
             run=run.name,
             lead=_lead(run),
             verdict=summary(run),
-            blocks=[*([Figures(items)] if (items := _figures(run)) else []), *notes(run)],
+            blocks=[*([Figures(items)] if (items := _figures(run)) else []), *_beyond(run), *notes(run)],
             methods=[methods.STEERING],
         ),
         Section("steer-cost", "What each strength costs", "evidence", run=run.name, blocks=drawn),
@@ -80,7 +80,13 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
     largest, ratio = figure(run.data, "guard", "largest_ok"), figure(run.data, "guard", "ratio")
     if ratio is not None and rows_of(run.data.get("sweep")):
         shown = "none" if largest is None else f"{largest:g}"
-        items.append(("largest strength within the guard", shown, f"perplexity below {ratio:g} times"))
+        items.append(
+            (
+                "largest strength within the guard",
+                shown,
+                f"1 is the change itself; perplexity below {ratio:g} times",
+            )
+        )
     own = "tuned" if run.data.get("side") == "tuned" else "base"
     prompts = rows_of(run.data.get("prompts"))
     if prompts:
@@ -99,6 +105,19 @@ def _figures(run: Run) -> list[tuple[str, str, str]]:
                 )
             )
     return items
+
+
+def _beyond(run: Run) -> list[Prose]:
+    """A warning where the continuations were written beyond the guard; strength 1 is the change that wrote them."""
+    own = next((row for row in rows_of(run.data.get("sweep")) if finite(row.get("strength")) == 1), {})
+    if own.get("ok") is not False:
+        return []
+    ratio = number_text(own.get("perplexity_ratio"), own.get("perplexity_ratio_ci"), 2)
+    text = (
+        f"The continuations were written beyond the guard, at {ratio} times the perplexity: they may show a broken "
+        "model as much as the latent."
+    )
+    return [Prose([text], "callout")]
 
 
 def _prompts(run: Run) -> list[dict[str, Any]]:

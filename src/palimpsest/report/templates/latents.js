@@ -24,6 +24,12 @@
     if (!card) return false;
     body.replaceChildren(card.content.cloneNode(true));
     dialog.setAttribute("aria-label", "Latent " + card.dataset.latent);
+    if (card.dataset.pair) {
+      const pair = document.createElement("p");
+      pair.className = "legend";
+      pair.textContent = "Read in " + card.dataset.pair;
+      body.querySelector("header")?.append(pair);
+    }
     // Only links to cards that are there stay links.
     for (const link of body.querySelectorAll("a[href^='#']")) {
       if (!isCard(link.hash.slice(1))) link.replaceWith(...link.childNodes);
