@@ -273,7 +273,7 @@ def test_movers_of_an_adapter_lead_to_their_latents(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     make_examples(tmp_path / "examples", n_latents=40)
-    inputs = {"dictionary/0": {"path": "dictionary", "sha256": "1" * 64}}
+    inputs = {"dictionary/0": {"path": "dictionary", "sha256": "0" * 64}}
     run = RunFolder(tmp_path / "tune", stage="tune", config={"schedule": {"steps": 30}}, inputs=inputs)
     run.write_bytes(
         "log.jsonl",
@@ -361,3 +361,13 @@ def test_the_app_starts_without_torch_answers_and_ends(root: Path) -> None:
         assert taken.returncode == 2 and "cannot be used" in taken.stderr
         server.terminate()
         assert "Traceback" not in server.stderr.read()
+
+
+def test_a_dictionary_trained_anew_at_its_path_is_another_one() -> None:
+    from palimpsest.web.evidence import Dictionaries
+
+    path = "/runs/dictionary"
+    old, new = (Dictionaries(frozenset({one}), frozenset({one, path})) for one in ("a", "b"))
+    unhashed = Dictionaries(frozenset(), frozenset({path}))
+    assert not old.same(new) and old.same(unhashed) and new.same(unhashed) and old.same(old)
+    assert not Dictionaries().same(Dictionaries())

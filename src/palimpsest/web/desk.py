@@ -17,7 +17,7 @@ from palimpsest.latents.schema import LABELS_STAGE, STAGE
 from palimpsest.web.bench import Bench, Place
 from palimpsest.web.columns import Column, columns
 from palimpsest.web.config import ServeConfig
-from palimpsest.web.evidence import Evidence, dictionaries_of, gather, tuned_of
+from palimpsest.web.evidence import Dictionaries, Evidence, dictionaries_of, gather, tuned_of
 from palimpsest.web.refusals import GoneError, NoPageError, PageError
 from palimpsest.web.runs import Entry, Shelf
 
@@ -54,7 +54,7 @@ class Desk:
         self._lock = threading.Lock()
         self._opening: dict[str, threading.Lock] = {}
         self._shown: OrderedDict[Any, Shown] = OrderedDict()
-        self._families: dict[Any, tuple[frozenset[str], str]] = {}
+        self._families: dict[Any, tuple[Dictionaries, str]] = {}
 
     def open(self, id: str) -> tuple[Entry, Artifact]:
         """A finished run.
@@ -107,11 +107,11 @@ class Desk:
         return [
             one
             for one in self.shelf.entries()
-            if one.id != entry.id and one.status == "complete" and mine & self.family(one)
+            if one.id != entry.id and one.status == "complete" and mine.same(self.family(one))
         ]
 
-    def family(self, entry: Entry) -> frozenset[str]:
-        """Dictionaries of a run, by hash and by path."""
+    def family(self, entry: Entry) -> Dictionaries:
+        """The dictionary of a run."""
         return self._read(entry)[0]
 
     def examples_of(self, entry: Entry) -> list[Entry]:
@@ -120,7 +120,7 @@ class Desk:
         found = [one for one in self.related(entry) if one.stage == STAGE]
         return [one for one in found if not tuned or self._read(one)[1] in ("", tuned)]
 
-    def _read(self, entry: Entry) -> tuple[frozenset[str], str]:
+    def _read(self, entry: Entry) -> tuple[Dictionaries, str]:
         """Dictionaries and tuned model of a run, remembered."""
         key = (entry.id, entry.stamp)
         with self._lock:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -96,19 +96,40 @@ class Evidence:
         return tuple(text for text, _ in Counter(one for one in values if one is not None).most_common(40))
 
 
-def dictionaries_of(entry: Entry) -> frozenset[str]:
-    """Hashes and paths of the dictionaries that a run read: runs that share one speak of the same latents."""
-    listed: list[Any] = [one for name, one in entry.inputs.items() if name.partition("/")[0] == "dictionary"]
+class Dictionaries(NamedTuple):
+    """The dictionary that a run read.
+
+    Attributes:
+        hashes: Of the whole dictionary.
+        names: Hashes and paths in full; adapters list hashes of tensors alone.
+    """
+
+    hashes: frozenset[str] = frozenset()
+    names: frozenset[str] = frozenset()
+
+    def same(self, other: Dictionaries) -> bool:
+        """Whether two runs speak of the same latents; a path counts only without a hash, for it may be trained anew."""
+        if self.hashes and other.hashes:
+            return bool(self.hashes & other.hashes)
+        return bool(self.names & other.names)
+
+
+def dictionaries_of(entry: Entry) -> Dictionaries:
+    """The dictionary of a run; none where it read several, whose latents bear the same numbers."""
+    inputs = [one for name, one in entry.inputs.items() if name.partition("/")[0] == "dictionary"]
     about = _about(entry)
     sites = about.get("sites")
-    listed += [about.get("dictionary"), *(sites if isinstance(sites, list) else [])]
-    found: set[str] = set()
-    for one in listed:
-        if isinstance(one, Mapping):
-            hashed, place = one.get("sha256"), one.get("path") or one.get("dictionary")
-            found |= {str(hashed)} if hashed else set()
-            found |= {os.path.normpath(Path.cwd() / str(place))} if place else set()
-    return frozenset(found)
+    sites = sites if isinstance(sites, list) else []
+    if len(sites) > 1:
+        return Dictionaries()
+    whole = [one for one in (*inputs, about.get("dictionary")) if isinstance(one, Mapping)]
+    hashes = {str(one["sha256"]) for one in whole if one.get("sha256")}
+    names = set(hashes)
+    for one in (*whole, *(one for one in sites if isinstance(one, Mapping))):
+        place = one.get("path") or one.get("dictionary")
+        names |= {str(one["sha256"])} if one.get("sha256") else set()
+        names |= {os.path.normpath(Path.cwd() / str(place))} if place else set()
+    return Dictionaries(frozenset(hashes), frozenset(names))
 
 
 def _about(entry: Entry) -> Mapping[str, Any]:

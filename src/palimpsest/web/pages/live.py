@@ -62,5 +62,5 @@ def _latents_at(desk: Desk, entry: Entry) -> str:
     if entry.stage != "tune":
         return ""
     mine = desk.family(entry)
-    found = [one for one in desk.examples() if one.stage == STAGE and mine & desk.family(one)]
+    found = [one for one in desk.examples() if one.stage == STAGE and mine.same(desk.family(one))]
     return f"/run/{found[0].id}/latent/" if found else ""
