@@ -10,64 +10,16 @@ import numpy as np
 import pytest
 
 import audit_fixture as fixture
-from latents_fixture import make_examples, make_labels
 from palimpsest.artifacts import RunFolder, open_artifact
 from palimpsest.errors import ArtifactError, ConfigError
 from palimpsest.report.build import Report
 from palimpsest.report.data_table import Cards, ordered, table_view
 from palimpsest.report.draw import Page, draw_section, tables_of, unique
 from palimpsest.report.merge import comparable_audits, main_data, open_runs
-from palimpsest.report.page import Source, render_page
-from palimpsest.report.parts import Column, Figures, Method, Prose, Run, Section, Table
-from palimpsest.report.reproduce import Recipe
-from report_runs import EVIL, all_runs, audit_data, make_run
-
-HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029\x00-\x08\x0b-\x1f\x7f]")
-
-
-@pytest.fixture(scope="module")
-def audits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("audits")
-    parts = fixture.make_curve(), fixture.make_latents(6)
-    judged = fixture.make_audit(calibrated=True)
-    return {
-        "plain": fixture.write_audit(root / "plain", fixture.make_audit(), *parts),
-        "judged": fixture.write_audit(root / "judged", judged, *parts),
-        "again": fixture.write_audit(root / "again", judged, *parts),
-        "hostile": fixture.write_audit(root / "hostile", *fixture.make_hostile(calibrated=True)),
-    }
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    return all_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("examples")
-    return {
-        "examples": make_examples(root / "examples", 120, 12),
-        "labels": make_labels(root / "labels", [0, 1, 2]),
-    }
-
-
-def _anchors(html: str) -> tuple[list[str], list[str]]:
-    page = fixture.Page(html)
-    ids = [value for _, name, value in page.attributes if name == "id"]
-    links = [value[1:] for _, name, value in page.attributes if name == "href" and value.startswith("#")]
-    return ids, links
-
-
-def _section(**changes: Any) -> Section:
-    return Section(**{"id": "one", "title": "One", "order": "evidence", "run": "run", **changes})
-
-
-def _source(name: str = "run", stage: str = "diff") -> Source:
-    return Source(
-        name, stage, ("base/", "tuned/"), "resid_post.1", Recipe(name, stage, "palimpsest diff", [])
-    )
-
+from palimpsest.report.page import render_page
+from palimpsest.report.parts import Column, Figures, Method, Prose, Run, Table
+from report_parts import anchors, section, source
+from report_runs import EVIL, audit_data, make_run
 
 # Which runs
 
@@ -148,7 +100,7 @@ def test_audits_of_one_base_are_compared_and_others_are_not(tmp_path: Path) -> N
 
 def test_equal_names_give_way_and_every_link_leads_somewhere(audits: dict[str, Path]) -> None:
     html = Report.of([audits["judged"], audits["again"], audits["plain"]]).html()
-    ids, links = _anchors(html)
+    ids, links = anchors(html)
     assert len(ids) == len(set(ids))
     assert set(links) <= set(ids)
     assert {"judged-tasks", "again-tasks"} & set(ids) and "again-calibration" in links
@@ -156,18 +108,18 @@ def test_equal_names_give_way_and_every_link_leads_somewhere(audits: dict[str, P
 
 def test_charts_and_tables_get_names_of_their_own() -> None:
     table = Table("t", "T", [Column("a", "A")], [{"a": 1}])
-    sections = [_section(run=name, blocks=[table]) for name in ("one", "two", "two")]
+    sections = [section(run=name, blocks=[table]) for name in ("one", "two", "two")]
     found = [block.name for _, block in tables_of(unique(sections))]
     assert len(set(found)) == 3 and all(re.fullmatch(r"[\w-]+", name) for name in found)
-    wild = unique([_section(id='"><script>', run=EVIL, blocks=[Table(EVIL, "T", [], [])])])
+    wild = unique([section(id='"><script>', run=EVIL, blocks=[Table(EVIL, "T", [], [])])])
     assert re.fullmatch(r"[\w-]+", wild[0].id) and re.fullmatch(r"[\w-]+", tables_of(wild)[0][1].name)
 
 
 def test_the_page_goes_from_verdicts_to_methods() -> None:
     orders = ["method", "tables", "latents", "evidence", "verdict"]
-    sections = unique([_section(id=one, title=f"Part {one}", order=one, lead="Words.") for one in orders])
+    sections = unique([section(id=one, title=f"Part {one}", order=one, lead="Words.") for one in orders])
     assert [one.order for one in sections] == orders[::-1]
-    text = fixture.Page(render_page([_source()], sections)).text
+    text = fixture.Page(render_page([source()], sections)).text
     places = [text.index(f"Part {one}", text.index("Reproduce")) for one in orders[::-1]]
     assert places == sorted(places)
 
@@ -201,8 +153,8 @@ def test_the_method_of_equal_audits_is_told_once(audits: dict[str, Path]) -> Non
 
 def test_equal_methods_stand_once() -> None:
     method = Method("Twins", ["They are alike."], ["Not always."], "Random ones.")
-    sections = unique([_section(run=name, lead="x", methods=[method]) for name in "ab"])
-    text = fixture.Page(render_page([_source("a"), _source("b")], sections)).text
+    sections = unique([section(run=name, lead="x", methods=[method]) for name in "ab"])
+    text = fixture.Page(render_page([source("a"), source("b")], sections)).text
     assert text.count("They are alike.") == 1 and "Not always." in text and "Random ones." in text
 
 
@@ -214,7 +166,7 @@ def test_every_kind_of_block_is_drawn_and_an_empty_one_says_so() -> None:
         Figures([("share", "12% [10%, 14%]", "of all")]),
         Table("none", "Empty one", [Column("a", "A")], []),
     ]
-    html = render_page([_source()], unique([_section(blocks=blocks)]))
+    html = render_page([source()], unique([section(blocks=blocks)]))
     page = fixture.Page(html)
     for words in (
         "Plain words.",
@@ -296,5 +248,5 @@ def test_rows_beyond_the_page_are_counted() -> None:
     view = table_view(Table("t", "T", [Column("a", "A")], [{"a": 1}] * 3, total=70000), Cards())
     assert (view.count, view.beyond) == (3, 69997)
     assert "69,997 more rows" in fixture.Page(str(draw_section(
-        _section(blocks=[Table("t", "T", [Column("a", "A")], [{"a": 1}], total=69998)]), Page(), named=False
+        section(blocks=[Table("t", "T", [Column("a", "A")], [{"a": 1}], total=69998)]), Page(), named=False
     ))).text  # fmt: skip

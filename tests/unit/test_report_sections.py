@@ -109,7 +109,9 @@ def test_nothing_of_a_damaged_run_crashes(runs, stage):
     rng = random.Random(stage)
     for _ in range(3):
         broken = again(runs[stage], made.damaged(dict(runs[stage].data), rng))
-        for chart in charts(module_of(broken).sections(broken)).values():
+        sections = module_of(broken).sections(broken)
+        assert sections and all(one.title for one in sections)
+        for chart in charts(sections).values():
             json.dumps(chart.chart.to_dict(validate=False), allow_nan=False)
 
 

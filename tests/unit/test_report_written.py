@@ -27,57 +27,11 @@ from palimpsest.report.draw import Page, charts_of, draw_section, tables_of, uni
 from palimpsest.report.findings_json import findings
 from palimpsest.report.markdown import grid, markdown, plain
 from palimpsest.report.merge import open_runs, sections_of
-from palimpsest.report.page import LIMIT, Source, render_page
+from palimpsest.report.page import LIMIT, render_page
 from palimpsest.report.parts import Column, Run, Section, Table, Template
-from palimpsest.report.reproduce import Recipe, as_toml, recipe
-from report_runs import EVIL, all_runs, diff_data, diff_latents, make_run, poisoned
-
-HIDDEN = re.compile("[\u202a-\u202e\u2066-\u2069\u200b-\u200f\u2028\u2029\x00-\x08\x0b-\x1f\x7f]")
-
-
-@pytest.fixture(scope="module")
-def audits(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("audits")
-    parts = fixture.make_curve(), fixture.make_latents(6)
-    judged = fixture.make_audit(calibrated=True)
-    return {
-        "plain": fixture.write_audit(root / "plain", fixture.make_audit(), *parts),
-        "judged": fixture.write_audit(root / "judged", judged, *parts),
-        "again": fixture.write_audit(root / "again", judged, *parts),
-        "hostile": fixture.write_audit(root / "hostile", *fixture.make_hostile(calibrated=True)),
-    }
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    return all_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("examples")
-    return {
-        "examples": make_examples(root / "examples", 120, 12),
-        "labels": make_labels(root / "labels", [0, 1, 2]),
-    }
-
-
-def _anchors(html: str) -> tuple[list[str], list[str]]:
-    page = fixture.Page(html)
-    ids = [value for _, name, value in page.attributes if name == "id"]
-    links = [value[1:] for _, name, value in page.attributes if name == "href" and value.startswith("#")]
-    return ids, links
-
-
-def _section(**changes: Any) -> Section:
-    return Section(**{"id": "one", "title": "One", "order": "evidence", "run": "run", **changes})
-
-
-def _source(name: str = "run", stage: str = "diff") -> Source:
-    return Source(
-        name, stage, ("base/", "tuned/"), "resid_post.1", Recipe(name, stage, "palimpsest diff", [])
-    )
-
+from palimpsest.report.reproduce import as_toml, recipe
+from report_parts import HIDDEN, section, source
+from report_runs import EVIL, diff_data, diff_latents, make_run, poisoned
 
 # Cards of latents
 
@@ -208,8 +162,8 @@ def test_every_finding_names_its_models_where_they_differ(audits: dict[str, Path
 def test_latents_of_a_table_come_before_all_others(examples: dict[str, Path]) -> None:
     runs = open_runs([examples["examples"]])
     rows = [{"latent": one} for one in (77, 5, 109, 9999, None, 5)]
-    section = _section(run="examples", blocks=[Table("t", "T", [Column("latent", "l", "latent")], rows)])
-    (deck,) = decks(runs, unique([section]))
+    listed = section(run="examples", blocks=[Table("t", "T", [Column("latent", "l", "latent")], rows)])
+    (deck,) = decks(runs, unique([listed]))
     place = [deck.chosen.index(one) for one in (77, 5)]
     # They take turns with the latents that differ most; a dead one and one that does not exist have no card.
     assert max(place) <= 3 and 109 not in deck.chosen and 9999 not in deck.chosen
@@ -231,7 +185,7 @@ def test_cards_take_no_more_room_than_there_is(examples: dict[str, Path], room: 
 def test_a_page_with_cards_stays_below_its_limit(examples: dict[str, Path]) -> None:
     html = Report.of([examples["examples"]]).html()
     assert len(html.encode()) < LIMIT < 10_000_000
-    bare = render_page([_source("examples", "examples")], [])
+    bare = render_page([source("examples", "examples")], [])
     small = len(bare.encode()) + 500_000
     runs = open_runs([examples["examples"]])
     (deck,) = decks(runs, [])
@@ -239,7 +193,7 @@ def test_a_page_with_cards_stays_below_its_limit(examples: dict[str, Path]) -> N
     def draw(room: int) -> Any:
         return draw_cards([deck], [], room)[0]
 
-    page = render_page([_source("examples", "examples")], [], cards_by_run([deck]), draw, small)
+    page = render_page([source("examples", "examples")], [], cards_by_run([deck]), draw, small)
     assert "<template" in page and len(page.encode()) <= small
 
 
@@ -249,7 +203,7 @@ def test_tables_and_cards_give_way_where_many_runs_share_a_page(examples: dict[s
     columns = [Column("latent", "latent", "latent"), Column("text", "text")]
     table = Table("t", "T", columns, rows, sort=("latent", True))
     sections = unique(
-        [_section(id=f"s{i}", run="examples", blocks=[replace(table, name=f"t{i}")]) for i in range(9)]
+        [section(id=f"s{i}", run="examples", blocks=[replace(table, name=f"t{i}")]) for i in range(9)]
     )
 
     def draw(room: int) -> Any:
@@ -257,7 +211,7 @@ def test_tables_and_cards_give_way_where_many_runs_share_a_page(examples: dict[s
 
     limit = 2_500_000
     for given in (draw, None):
-        page = render_page([_source("examples", "examples")], sections, cards_by_run([deck]), given, limit)
+        page = render_page([source("examples", "examples")], sections, cards_by_run([deck]), given, limit)
         assert len(page.encode()) <= limit and ("<template" in page) == (given is not None)
         text = fixture.Page(page).text
         assert "more rows are in the run's own files only" in text and "1999 xxx" in text
@@ -446,5 +400,5 @@ def test_no_text_is_markdown(text: str) -> None:
 
 def test_templates_are_given_what_they_need_and_no_more() -> None:
     context = {"callouts": [{"title": EVIL, "text": EVIL}]}
-    html = str(draw_section(_section(blocks=[Template("callouts.html.j2", context)]), Page(), named=False))
+    html = str(draw_section(section(blocks=[Template("callouts.html.j2", context)]), Page(), named=False))
     assert "<script" not in html and "<img" not in html and "&lt;script" in html
